@@ -1,0 +1,29 @@
+# Each target sets up what it needs: a virtual environment in .venv, installed from constraints.txt, built in place.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*/*)
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python -m studies.demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build out *.egg-info vqfast/*.so
+
+# torch first and pinned: a range would take the newest build with gigabytes of CUDA libraries.
+.venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch setuptools ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[test,lint]"
+	touch $@

@@ -1,0 +1,117 @@
+"""Which implementation of an operator runs, and why. Decided here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+from vqfast import _native
+
+# name -> (device it runs on, dtypes it takes). "reference" is plain PyTorch and runs everywhere.
+NATIVE: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
+    "cpu": ("cpu", (torch.float32, torch.float16, torch.bfloat16)),
+}
+BACKENDS = ("reference", *NATIVE)
+OPERATORS: list[str] = []  # filled by vqfast.ops as operators are defined
+
+_selected: ContextVar[str | None] = ContextVar("vqfast_backend", default=None)
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run this call. There is no silent fallback."""
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (or None for automatic choice); got {name!r}")
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run every operator inside the block on backend `name`; None restores the automatic choice.
+
+    The choice belongs to the current thread or async task. A compiled function keeps the backend it was traced with.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name is not None:
+        _check_name(name)
+    token = _selected.set(name)
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+def unavailable(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why native backend `name` cannot run `operator` on `device` with activations of `dtype`; None if it can."""
+    needs_device, dtypes = NATIVE[name]
+    if device != needs_device:
+        return f"backend {name!r} runs on {needs_device} tensors, the input is on {device}"
+    if (reason := _native.load()) is not None:
+        return reason
+    kernel = f"vqfast_{name}::{operator}_fwd"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, needs_device.upper()):
+        return f"{operator} has no {name} kernel"
+    if dtype not in dtypes:
+        return f"backend {name!r} takes {', '.join(map(str, dtypes))}; got {dtype}"
+    return None
+
+
+def choose(operator: str, device: str, dtype: torch.dtype, requested: str | None) -> str:
+    """Name of the backend for this call: `requested`, else the `backend()` block's, else the first native one that can.
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailableError: the backend asked for cannot run this call.
+    """
+    name = requested if requested is not None else _selected.get()
+    if name is None:
+        for candidate in NATIVE:
+            if unavailable(candidate, operator, device, dtype) is None:
+                return candidate
+        return "reference"
+    _check_name(name)
+    if name != "reference" and (reason := unavailable(name, operator, device, dtype)) is not None:
+        raise BackendUnavailableError(f"{operator}: {reason}. Use backend='reference', or None to let vqfast choose.")
+    return name
+
+
+# Dynamo cannot read a ContextVar: it calls `choose` while tracing and keeps the answer. This attribute is what
+# torch.compiler.assume_constant_result sets; calling that would import torch._dynamo (about a second).
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def build_info() -> dict[str, object]:
+    """What is installed and compiled, and which backend each operator takes on each device, and why.
+
+    Returns:
+        `versions`: name -> version. `native`: None if the compiled library is loaded, else the reason it is not.
+        `operators`: operator -> device -> {"backend", "why"} for float32 activations.
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "versions": {
+            "vqfast": importlib.metadata.version("vqfast"),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+        "native": _native.load(),
+        "operators": {op: {device: _explain(op, device) for device in devices} for op in OPERATORS},
+    }
+
+
+def _explain(operator: str, device: str) -> dict[str, str]:
+    chosen = choose(operator, device, torch.float32, None)
+    if chosen != "reference":
+        return {"backend": chosen, "why": "compiled kernel loaded" if _selected.get() is None else "vqfast.backend()"}
+    reasons = [reason for name in NATIVE if (reason := unavailable(name, operator, device, torch.float32))]
+    return {"backend": chosen, "why": "; ".join(reasons)}

@@ -1,0 +1,170 @@
+"""Modules that own the tuned parameters: filters in front of the vision encoder, LoRA on its linear layers.
+
+A module holds one set of parameters or, with `samples=B`, one set per sample of a batch of B.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vqfast import ops
+
+SIGMA_MIN = 0.3  # pixels; below it Gaussian taps are the identity to within 1 %
+MIX_RANGE = (-1.0, 1.0)
+
+
+def gaussian_taps(log_sigma: Tensor, taps: int) -> Tensor:
+    """Gaussian taps of odd length `taps`, summing to 1: [..., taps] from `log_sigma` [...] (sigma in pixels)."""
+    position = torch.arange(taps, device=log_sigma.device, dtype=log_sigma.dtype) - taps // 2
+    return torch.softmax(-0.5 * (position / log_sigma.exp()[..., None]).square(), -1)
+
+
+class _MixedFilter(nn.Module):
+    """y = gain (x + mix (F - x)) + bias on raw pixels x in [0, 1]; a subclass gives the taps of F."""
+
+    def __init__(self, samples: int | None) -> None:
+        super().__init__()
+        shape = () if samples is None else (samples,)
+        self.mix = nn.Parameter(torch.zeros(shape))
+        self.gain = nn.Parameter(torch.ones(shape), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """taps_y and taps_x, [R, k] or [B, R, k]."""
+        raise NotImplementedError
+
+    def set_gaussian_(self, sigma: Tensor) -> None:
+        """Set the taps to a Gaussian of `sigma` pixels, [] or [B]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bring the parameters back into their ranges, as after an optimiser's step."""
+        self.mix.clamp_(*MIX_RANGE)
+
+    def forward(self, image: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+        """Filter `image` [B, C, H, W].
+
+        With `mean` and `std` [C], image and result are normalised pixels, (raw - mean) / std. The filter still acts on
+        the raw ones, through a bias per channel (S = sum of K):
+
+            bias'_c = (gain mean_c (1 + mix (S - 1)) + bias - mean_c) / std_c
+        """
+        taps_y, taps_x = self.taps()
+        bias: Tensor = self.bias
+        if mean is not None and std is not None:
+            total = (taps_y.sum(-1) * taps_x.sum(-1)).sum(-1)
+            kept = (self.gain * (1 + self.mix * (total - 1)))[..., None]
+            bias = ((mean * kept + self.bias[..., None] - mean) / std).expand(image.shape[0], -1)
+        return ops.lowrank_filter2d(image, taps_y, taps_x, self.mix, self.gain, bias)
+
+
+class GaussianFilter(_MixedFilter):
+    """Gaussian blur of learnable width, mixed with the image; rank 1 because a Gaussian is separable.
+
+        u = v = normalised exp(-t^2 / (2 sigma^2)),    y = gain (x + mix (F - x)) + bias
+
+    Starts as the exact identity (mix 0, gain 1, bias 0). gain and bias are frozen unless made to require grad.
+
+    Args:
+        taps: odd number of taps k, 3 to 31.
+        samples: one set of parameters per sample of a batch; None for one set in all.
+        sigma: start width in pixels; kept as log_sigma, range 0.3 to k / 3. mix has range -1 to 1.
+
+    Source: VQ-TTT, arXiv 2506.15645; ranges and start values are this project's.
+    """
+
+    def __init__(self, taps: int = 7, *, samples: int | None = None, sigma: float = 1.0) -> None:
+        super().__init__(samples)
+        self.length = taps
+        self.log_sigma = nn.Parameter(torch.full(() if samples is None else (samples,), math.log(sigma)))
+
+    def taps(self) -> tuple[Tensor, Tensor]:
+        row = gaussian_taps(self.log_sigma, self.length)[..., None, :]
+        return row, row
+
+    @torch.no_grad()
+    def set_gaussian_(self, sigma: Tensor) -> None:
+        self.log_sigma.copy_(sigma.log())
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        super().clamp_()
+        self.log_sigma.clamp_(math.log(SIGMA_MIN), math.log(self.length / 3))
+
+
+class LowRankFilter(_MixedFilter):
+    """Free taps: K = sum_r u_r v_r^T of rank at most R, mixed with the image.
+
+    Starts as the exact identity: u_1 v_1^T is a Gaussian under mix 0. Further terms have u_r = 0 and v_r a cosine of
+    r - 1 half waves, so that they add nothing at first and still receive a gradient (as in LoRA).
+
+    Args:
+        taps: odd number of taps k, 3 to 31. rank: R, 1 to 8 and at most k.
+        samples, sigma: as for GaussianFilter.
+
+    Source: this project, after VQ-TTT, arXiv 2506.15645.
+    """
+
+    def __init__(self, taps: int = 7, rank: int = 2, *, samples: int | None = None, sigma: float = 1.0) -> None:
+        super().__init__(samples)
+        lead = () if samples is None else (samples,)
+        self.taps_y = nn.Parameter(torch.zeros(*lead, rank, taps))
+        self.taps_x = nn.Parameter(torch.zeros(*lead, rank, taps))
+        self.set_gaussian_(torch.full(lead, sigma))
+
+    def taps(self) -> tuple[Tensor, Tensor]:
+        return self.taps_y, self.taps_x
+
+    @torch.no_grad()
+    def set_gaussian_(self, sigma: Tensor) -> None:
+        rank, length = self.taps_y.shape[-2:]
+        order = torch.arange(rank, device=sigma.device)[:, None]
+        position = torch.arange(length, device=sigma.device) + 0.5
+        self.taps_y.zero_()
+        self.taps_x.copy_(torch.cos(math.pi * order * position / length) / length)
+        row = gaussian_taps(sigma.log(), length)
+        self.taps_y[..., 0, :] = row
+        self.taps_x[..., 0, :] = row
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a low-rank update: y = x W^T + bias + (alpha / rank) (x A^T) B^T.
+
+    A is drawn uniformly within 1 / sqrt(K) (as nn.Linear is) and B starts at zero, so the layer starts as its base.
+
+    Args:
+        base: the layer; its own parameters are used detached and never changed.
+        rank, alpha: r and the numerator of the scaling.
+        samples: one adapter per sample, for x [B, M, K]; None for a shared one. All samples start from the same A.
+        generator: source of A.
+
+    Source: LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        *,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = alpha / rank
+        bound = base.in_features**-0.5
+        start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        lead = () if samples is None else (samples,)
+        device = base.weight.device
+        self.lora_a = nn.Parameter(start.expand(*lead, -1, -1).clone().to(device))
+        self.lora_b = nn.Parameter(torch.zeros(*lead, base.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in the dtype of x."""
+        bias = None if self.base.bias is None else self.base.bias.detach()
+        return ops.lora_linear(x, self.base.weight.detach(), bias, self.lora_a, self.lora_b, self.scaling)

@@ -1,0 +1,11 @@
+"""The operators. One folder each: contract, reference, public function; kernels in csrc/ (see CONTRIBUTING.md)."""
+
+from vqfast import _native
+from vqfast.ops.linear_softmax_entropy.api import linear_softmax_entropy
+from vqfast.ops.lora_linear.api import lora_linear
+from vqfast.ops.lowrank_filter2d.api import lowrank_filter2d
+from vqfast.ops.softmax_entropy.api import softmax_entropy
+
+_native.load()
+
+__all__ = ["linear_softmax_entropy", "lora_linear", "lowrank_filter2d", "softmax_entropy"]

@@ -1,0 +1,85 @@
+"""What every operator's api.py and contract.py share: definition, autocast, first-order gradients, argument errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqfast import backends
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_libraries: list[torch.library.Library] = []  # a Library that is collected takes its definitions with it
+
+
+def define(operator: str, **directions: tuple[str, Callable[..., Any]]) -> None:
+    """Define `<operator>_<direction>` in every native backend's namespace, from (schema, fake implementation)."""
+    backends.OPERATORS.append(operator)
+    for name in backends.NATIVE:
+        library = torch.library.Library(f"vqfast_{name}", "FRAGMENT")
+        _libraries.append(library)
+        for direction, (schema, fake) in directions.items():
+            library.define(f"{operator}_{direction}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"vqfast_{name}::{operator}_{direction}", fake, lib=library)
+
+
+def kernel(backend: str, name: str) -> Callable[..., Any]:
+    """The registered operator `name` of a native backend."""
+    return getattr(getattr(torch.ops, f"vqfast_{backend}"), name)  # type: ignore[no-any-return]
+
+
+class FirstOrder(torch.autograd.Function):
+    """Runs a backward kernel as a node whose own backward raises: a second derivative is never silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], operator: str, *args: Any) -> Any:
+        ctx.operator = operator
+        return run(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(
+            f"{ctx.operator} has no second derivative in its compiled form; use backend='reference' for one"
+        )
+
+
+def autocast_cast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors cast as autocast casts the arguments of a matrix product; unchanged where autocast is off."""
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
+
+
+def check_activation(name: str, tensor: object) -> Tensor:
+    """`tensor` if it is a tensor of an activation dtype, else TypeError."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in ACTIVATION_DTYPES:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in ACTIVATION_DTYPES)
+        raise TypeError(f"{name} must be {accepted}; got {tensor.dtype}. Convert it, for example {name}.float()")
+    return tensor
+
+
+def check_parameter(name: str, tensor: object, activation: Tensor) -> Tensor:
+    """`tensor` if it is a parameter tensor for `activation`: same device, float32 (float64 beside float64)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    expected = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    if tensor.dtype != expected:
+        raise TypeError(f"{name} must be {expected} beside {activation.dtype} activations; got {tensor.dtype}")
+    check_device(name, tensor, activation)
+    return tensor
+
+
+def check_device(name: str, tensor: Tensor, activation: Tensor) -> None:
+    if tensor.device != activation.device:
+        raise ValueError(f"{name} is on {tensor.device}, the activations on {activation.device}; move one of them")
+
+
+def check_frozen(name: str, tensor: Tensor | None) -> None:
+    """A base weight gets no gradient: refuse one that asks for it rather than leave it silently at zero."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} is frozen in this operator but requires grad; pass {name}.detach() or freeze it")

@@ -1,0 +1,42 @@
+"""Public linear_softmax_entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqfast import backends
+from vqfast.ops._operator import autocast_cast
+from vqfast.ops.linear_softmax_entropy import contract, reference
+
+
+def linear_softmax_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """Entropy of softmax(hidden W^T + bias), in nats: the language-model head and its entropy in one.
+
+        z = W h + bias,    H = lse(z) - sum_i p_i z_i
+        dH/dh = -(sum_i p_i z_i w_i - (sum_i p_i z_i)(sum_i p_i w_i))
+
+    Args:
+        hidden: [N, D], one row per position; float32, float16, bfloat16, or float64 (reference backend).
+        weight, bias: [V, D] and [V] or None, in the dtype of hidden; constants: they must not require grad.
+        backend: one of `vqfast.backends.BACKENDS`; None takes the compiled kernel where there is one.
+
+    Returns:
+        [N], float32 (float64 for float64 input). Under autocast hidden, weight and bias are cast as for
+        `torch.nn.functional.linear`; the entropy stays float32. Differentiable in hidden. Deterministic.
+
+    Raises:
+        TypeError: a dtype outside those above, or hidden and weight of different dtypes.
+        ValueError: shapes or devices that do not fit; a head that requires grad; an unknown backend.
+        BackendUnavailableError: a backend asked for by name cannot run this call.
+
+    Source: this project (online form of the entropy of VQ-TTT, arXiv 2506.15645).
+    """
+    device = hidden.device.type
+    hidden, weight, bias = autocast_cast(device, hidden, weight, bias)  # type: ignore[assignment]
+    contract.check(hidden, weight, bias)
+    backends.choose("linear_softmax_entropy", device, hidden.dtype, backend)  # only the reference so far
+    with torch.autocast(device, enabled=False):
+        return reference.linear_softmax_entropy(hidden, weight, bias)

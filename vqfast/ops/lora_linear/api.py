@@ -1,0 +1,55 @@
+"""Public lora_linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqfast import backends
+from vqfast.ops._operator import autocast_cast
+from vqfast.ops.lora_linear import contract, reference
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    row_offsets: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer with a frozen base and a low-rank update.
+
+        t = x A^T,    y = x W^T + bias + scaling t B^T
+
+    Args:
+        x: [..., K]; float32, float16, bfloat16, or float64 (reference backend). With adapters per sample [B, M, K], or
+            packed rows [T, K] together with `row_offsets`.
+        weight, bias: [N, K] and [N] or None, in the dtype of x; constants: they must not require grad.
+        lora_a, lora_b: [r, K] and [N, r], or [B, r, K] and [B, N, r] for one adapter per sample; float32 (float64
+            beside float64 x), r at most 64. Gradients come back in their dtype.
+        scaling: alpha / r, a Python number.
+        row_offsets: int32 [B + 1], rising from 0 to T: rows offsets[i] to offsets[i + 1] belong to sample i. Its values
+            are not read back, hence not checked.
+        backend: one of `vqfast.backends.BACKENDS`; None takes the compiled kernel where there is one.
+
+    Returns:
+        [..., N] in the dtype of x. Under autocast x, weight and bias are cast as for `torch.nn.functional.linear`.
+        Differentiable in x, lora_a and lora_b. Deterministic.
+
+    Raises:
+        TypeError: a dtype outside those above, or x and weight of different dtypes.
+        ValueError: shapes, rank, scaling or devices that do not fit; a base that requires grad; an unknown backend.
+        BackendUnavailableError: a backend asked for by name cannot run this call.
+
+    Source: LoRA, arXiv 2106.09685; per-sample and packed forms are this project's.
+    """
+    device = x.device.type
+    x, weight, bias = autocast_cast(device, x, weight, bias)  # type: ignore[assignment]
+    contract.check(x, weight, bias, lora_a, lora_b, scaling, row_offsets)
+    backends.choose("lora_linear", device, x.dtype, backend)  # only the reference so far; raises for any other
+    with torch.autocast(device, enabled=False):
+        return reference.lora_linear(x, weight, bias, lora_a, lora_b, scaling, row_offsets)

@@ -1,0 +1,121 @@
+"""Shapes, dtypes, limits and schema of lowrank_filter2d."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqfast.ops._operator import check_activation, check_device, check_parameter, define
+
+PADDINGS = ("reflect", "replicate", "zeros")  # the position is the code that kernels take
+MAX_TAPS = 31
+MAX_RANK = 8
+
+
+class Arguments(NamedTuple):
+    """What a kernel takes; S is 1 where a parameter is shared by the batch, else B."""
+
+    image: Tensor  # [B, C, H, W]
+    taps_y: Tensor  # [S, R, k]
+    taps_x: Tensor  # [S, R, k]
+    mix: Tensor  # [S]
+    gain: Tensor  # [S, 1 or C]
+    bias: Tensor  # [S, 1 or C]
+    padding: int
+
+
+def check(
+    image: object,
+    taps_y: object,
+    taps_x: object,
+    mix: Tensor | float,
+    gain: Tensor | float | None,
+    bias: Tensor | float | None,
+    padding: str,
+) -> Arguments:
+    x = check_activation("image", image)
+    if x.dim() != 4:
+        raise ValueError(f"image must be [B, C, H, W]; got {list(x.shape)}. For one image pass image[None]")
+    batch, _, height, width = x.shape
+    y_taps, x_taps = check_parameter("taps_y", taps_y, x), check_parameter("taps_x", taps_x, x)
+    if y_taps.dim() not in (2, 3) or (y_taps.dim() == 3 and y_taps.shape[0] != batch):
+        raise ValueError(f"taps_y must be [R, k] or [B, R, k] with B = {batch}; got {list(y_taps.shape)}")
+    if x_taps.shape != y_taps.shape:
+        raise ValueError(f"taps_x must have the shape of taps_y, {list(y_taps.shape)}; got {list(x_taps.shape)}")
+    rank, taps = y_taps.shape[-2:]
+    if taps % 2 == 0 or taps > MAX_TAPS:
+        raise ValueError(f"the number of taps k must be odd and at most {MAX_TAPS}; got {taps}")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"the rank R must be 1 to {MAX_RANK}; got {rank}")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
+    smallest = {"reflect": taps // 2 + 1, "replicate": 1, "zeros": 0}[padding]
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"{padding} padding of {taps} taps needs an image of at least {smallest}x{smallest} pixels; "
+            f"got {height}x{width}. Use fewer taps or padding='replicate'"
+        )
+    return Arguments(
+        x,
+        y_taps if y_taps.dim() == 3 else y_taps[None],
+        x_taps if x_taps.dim() == 3 else x_taps[None],
+        _scalar_or_batch("mix", mix, x, channels=False),
+        _scalar_or_batch("gain", 1.0 if gain is None else gain, x, channels=True),
+        _scalar_or_batch("bias", 0.0 if bias is None else bias, x, channels=True),
+        PADDINGS.index(padding),
+    )
+
+
+def _scalar_or_batch(name: str, value: Tensor | float, image: Tensor, *, channels: bool) -> Tensor:
+    """`value` as [1 or B], or as [1 or B, 1 or C] where a value per channel is allowed."""
+    batch, channel_count = image.shape[:2]
+    shape = (1, 1) if channels else (1,)
+    if isinstance(value, (int, float)):
+        dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+        return torch.full(shape, value, dtype=dtype, device=image.device)
+    tensor = check_parameter(name, value, image)
+    if tensor.dim() == 0:
+        return tensor.reshape(shape)
+    if tensor.shape == (batch,):
+        return tensor[:, None] if channels else tensor
+    if channels and tensor.shape == (batch, channel_count):
+        return tensor
+    accepted = f"a scalar or [B] with B = {batch}" + (f" or [B, C] with C = {channel_count}" if channels else "")
+    raise ValueError(f"{name} must be {accepted}; got {list(tensor.shape)}")
+
+
+def _fwd(
+    image: Tensor, taps_y: Tensor, taps_x: Tensor, mix: Tensor, gain: Tensor, bias: Tensor, padding: int
+) -> Tensor:
+    for name, parameter in (("taps_y", taps_y), ("taps_x", taps_x), ("mix", mix), ("gain", gain), ("bias", bias)):
+        check_device(name, parameter, image)
+    return image.new_empty(image.shape)
+
+
+def _bwd(
+    grad: Tensor,
+    image: Tensor,
+    taps_y: Tensor,
+    taps_x: Tensor,
+    mix: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    padding: int,
+    image_grad: bool,
+) -> tuple[Tensor, ...]:
+    parameters = (taps_y, taps_x, mix, gain, bias)
+    return image.new_empty(image.shape if image_grad else (0,)), *(p.new_empty(p.shape) for p in parameters)
+
+
+_PARAMETERS = "Tensor image, Tensor taps_y, Tensor taps_x, Tensor mix, Tensor gain, Tensor bias, int padding"
+define(
+    "lowrank_filter2d",
+    fwd=(f"({_PARAMETERS}) -> Tensor", _fwd),
+    bwd=(
+        f"(Tensor grad, {_PARAMETERS}, bool image_grad) -> (Tensor image, Tensor taps_y, Tensor taps_x, Tensor mix, "
+        "Tensor gain, Tensor bias)",
+        _bwd,
+    ),
+)

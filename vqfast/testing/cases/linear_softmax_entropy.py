@@ -1,0 +1,32 @@
+"""Cases of linear_softmax_entropy: one and several positions, odd sizes."""
+
+from __future__ import annotations
+
+from vqfast.ops import linear_softmax_entropy
+from vqfast.testing.cases import Case, OperatorCases, normal
+
+
+def _case(name: str, rows: int, width: int, classes: int, *, bias: bool = False) -> Case:
+    return Case(
+        name,
+        lambda g: {
+            "hidden": normal(g, rows, width),
+            "weight": normal(g, classes, width, scale=2 * width**-0.5),
+            "bias": normal(g, classes) if bias else None,
+        },
+    )
+
+
+OPERATOR = OperatorCases(
+    name="linear_softmax_entropy",
+    function=linear_softmax_entropy,
+    activations=frozenset({"hidden", "weight", "bias"}),
+    differentiable=("hidden",),
+    kernels=(),
+    cases=(
+        _case("one_position", 1, 64, 500),
+        _case("positions_bias", 5, 33, 257, bias=True),
+        _case("one_class", 2, 8, 1),
+        _case("empty", 0, 8, 10),
+    ),
+)

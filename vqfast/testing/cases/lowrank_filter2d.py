@@ -1,0 +1,55 @@
+"""Cases of lowrank_filter2d: shared and per-sample parameters, every padding, sizes around the 32-row band."""
+
+from __future__ import annotations
+
+import torch
+
+from vqfast.ops import lowrank_filter2d
+from vqfast.testing.cases import Case, Inputs, OperatorCases, normal
+
+
+def _case(
+    name: str,
+    shape: tuple[int, int, int, int],
+    taps: int,
+    rank: int,
+    *,
+    own: bool = False,
+    tone: str = "",
+    **options: str,
+) -> Case:
+    def make(g: torch.Generator) -> Inputs:
+        batch, channels = shape[:2]
+        lead = (batch,) if own else ()
+        inputs = {
+            "image": normal(g, *shape),
+            "taps_y": normal(g, *lead, rank, taps, scale=taps**-0.5),
+            "taps_x": normal(g, *lead, rank, taps, scale=taps**-0.5),
+            "mix": normal(g, *lead),
+        }
+        tone_shape = {"scalar": (), "sample": (batch,), "channel": (batch, channels)}.get(tone)
+        if tone_shape is not None:
+            inputs |= {"gain": 1 + normal(g, *tone_shape, scale=0.1), "bias": normal(g, *tone_shape)}
+        return inputs | options
+
+    return Case(name, make)
+
+
+OPERATOR = OperatorCases(
+    name="lowrank_filter2d",
+    function=lowrank_filter2d,
+    activations=frozenset({"image"}),
+    differentiable=("image", "taps_y", "taps_x", "mix", "gain", "bias"),
+    kernels=("cpu",),
+    cases=(
+        _case("k7r1", (1, 3, 32, 32), 7, 1),
+        _case("k3r2_own", (3, 3, 9, 11), 3, 2, own=True, tone="channel"),
+        _case("k1", (2, 1, 5, 4), 1, 1, tone="scalar"),
+        _case("k5r4_two_bands", (1, 2, 33, 70), 5, 4, tone="sample"),
+        _case("k15_largest_halo", (1, 1, 8, 8), 15, 1),
+        _case("replicate_smaller_than_halo", (1, 2, 3, 2), 9, 2, padding="replicate"),
+        _case("zeros", (2, 3, 12, 7), 7, 1, own=True, padding="zeros"),
+        _case("one_row_replicate", (1, 1, 1, 17), 5, 1, padding="replicate"),
+        _case("empty_batch", (0, 3, 8, 8), 3, 1),
+    ),
+)

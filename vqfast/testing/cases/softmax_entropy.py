@@ -1,0 +1,39 @@
+"""Cases of softmax_entropy: sizes around a vector and the 1024-value chunk, extreme logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vqfast.ops import softmax_entropy
+from vqfast.testing.cases import Case, OperatorCases, normal
+
+
+def _case(name: str, *shape: int, scale: float = 3.0, change: Callable[[Tensor], Tensor] = lambda z: z) -> Case:
+    return Case(name, lambda g: {"logits": change(normal(g, *shape, scale=scale))})
+
+
+def _mask_half(z: Tensor) -> Tensor:
+    return z.masked_fill(torch.arange(z.shape[-1]) % 2 == 1, -torch.inf)
+
+
+OPERATOR = OperatorCases(
+    name="softmax_entropy",
+    function=softmax_entropy,
+    activations=frozenset({"logits"}),
+    differentiable=("logits",),
+    kernels=("cpu",),
+    cases=(
+        _case("rows", 4, 1000),
+        _case("one_row", 1, 31),
+        _case("vector", 2049),
+        _case("one_class", 3, 1),
+        _case("three_axes", 2, 3, 1025),
+        _case("confident", 3, 65, scale=60.0),
+        _case("far_from_zero", 2, 40, change=lambda z: z + 200),
+        _case("masked", 3, 50, change=_mask_half),
+        _case("empty", 0, 7),
+    ),
+)
