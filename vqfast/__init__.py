@@ -4,7 +4,23 @@ from importlib.metadata import version
 
 from vqfast import nn, ops
 from vqfast.backends import BackendUnavailableError, backend, build_info
+from vqfast.tuning.candidates import Preset
+from vqfast.tuning.config import TuningConfig
+from vqfast.tuning.result import TuningResult
+from vqfast.tuning.tuner import TestTimeTuner, TuningError
 
 __version__ = version("vqfast")
 
-__all__ = ["BackendUnavailableError", "__version__", "backend", "build_info", "nn", "ops"]
+__all__ = [
+    "BackendUnavailableError",
+    "Preset",
+    "TestTimeTuner",
+    "TuningConfig",
+    "TuningError",
+    "TuningResult",
+    "__version__",
+    "backend",
+    "build_info",
+    "nn",
+    "ops",
+]

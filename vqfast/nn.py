@@ -14,6 +14,7 @@ from vqfast import ops
 
 SIGMA_MIN = 0.3  # pixels; below it Gaussian taps are the identity to within 1 %
 MIX_RANGE = (-1.0, 1.0)
+START_SIGMA = 1.5  # pixels; best of 0.7, 1, 1.5 and 2 on validation without loss on any degradation (docs/tuning.md)
 
 
 def gaussian_taps(log_sigma: Tensor, taps: int) -> Tensor:
@@ -77,7 +78,7 @@ class GaussianFilter(_MixedFilter):
     Source: VQ-TTT, arXiv 2506.15645; ranges and start values are this project's.
     """
 
-    def __init__(self, taps: int = 7, *, samples: int | None = None, sigma: float = 1.0) -> None:
+    def __init__(self, taps: int = 7, *, samples: int | None = None, sigma: float = START_SIGMA) -> None:
         super().__init__(samples)
         self.length = taps
         self.log_sigma = nn.Parameter(torch.full(() if samples is None else (samples,), math.log(sigma)))
@@ -109,7 +110,7 @@ class LowRankFilter(_MixedFilter):
     Source: this project, after VQ-TTT, arXiv 2506.15645.
     """
 
-    def __init__(self, taps: int = 7, rank: int = 2, *, samples: int | None = None, sigma: float = 1.0) -> None:
+    def __init__(self, taps: int = 7, rank: int = 2, *, samples: int | None = None, sigma: float = START_SIGMA) -> None:
         super().__init__(samples)
         lead = () if samples is None else (samples,)
         self.taps_y = nn.Parameter(torch.zeros(*lead, rank, taps))

@@ -23,7 +23,7 @@ def lora_linear(
         return base + scaling * (t @ b.mT)
     samples, rank, _ = a.shape
     row = torch.arange(x.shape[0], device=x.device, dtype=row_offsets.dtype)
-    owner = torch.bucketize(row, row_offsets[1:], right=True)  # sample of each row; no sizes are read back
+    owner = torch.bucketize(row, row_offsets[1:].contiguous(), right=True)  # sample of each row; no sizes are read back
     own = owner[:, None] == torch.arange(samples, device=x.device)  # [T, B]
     t = (x @ a.flatten(0, 1).mT).unflatten(-1, (samples, rank))
     t = torch.where(own[..., None], t, 0)  # [T, B, r], zero but for the row's own adapter

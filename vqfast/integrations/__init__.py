@@ -1,0 +1,1 @@
+"""What vqfast has to know of other libraries' models."""

@@ -1,0 +1,113 @@
+"""Filter presets to start a step from, and the images they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqfast import ops
+from vqfast.nn import MIX_RANGE, SIGMA_MIN, START_SIGMA, gaussian_taps
+
+RANGE_QUANTILES = (0.02, 0.98)
+QUANTILE_SAMPLES = 1 << 16  # pixel values a quantile is taken over; an even stride thins out larger images
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A Gaussian of `sigma` pixels mixed in with `mix` (negative: sharpen), then the range of the pixels.
+
+    stretch=True sets gain and bias so that the 2nd and 98th percentile of the filtered image go to 0 and 1.
+    """
+
+    name: str
+    sigma: float = START_SIGMA
+    mix: float = 0.0
+    stretch: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sigma >= SIGMA_MIN:
+            raise ValueError(f"sigma must be at least {SIGMA_MIN} pixels; got {self.sigma}")
+        if not MIX_RANGE[0] <= self.mix <= MIX_RANGE[1]:
+            raise ValueError(f"mix must be between {MIX_RANGE[0]} and {MIX_RANGE[1]}; got {self.mix}")
+
+
+IDENTITY = Preset("identity")
+DEFAULT_PRESETS = (
+    IDENTITY,
+    *(Preset(f"blur {sigma}", sigma, 1.0) for sigma in (0.7, 1.0, 1.5, 2.0)),
+    Preset("stretch", stretch=True),
+    *(Preset(f"blur {sigma}, stretch", sigma, 1.0, stretch=True) for sigma in (1.0, 1.5, 2.0)),
+)
+"""The untouched image and blurs, with the range as it is and stretched. Chosen on validation: docs/tuning.md."""
+
+VOTE_POWER = 4  # on validation any from 3 to 8 is within 1 point; 1 lets weak candidates outvote a sure one
+
+
+class Candidates(NamedTuple):
+    """Images of P presets for B samples, preset by preset, with the tone each one needed."""
+
+    pixels: Tensor  # [P * B, C, H, W], normalised
+    gain: Tensor  # [P * B]
+    bias: Tensor  # [P * B]
+
+
+def render(presets: Sequence[Preset], pixels: Tensor, taps: int, mean: Tensor, std: Tensor) -> Candidates:
+    """Apply every preset to every image.
+
+    Args:
+        pixels: [B, C, H, W], normalised by mean and std [C].
+        taps: length of the Gaussian taps.
+    """
+    batch, count = pixels.shape[0], len(presets)
+    each = torch.arange(count, device=pixels.device).repeat_interleave(batch)
+    table = torch.tensor([(p.sigma, p.mix, p.stretch) for p in presets], device=pixels.device)
+    sigma, mix, stretch = table[each].unbind(-1)
+    row = gaussian_taps(sigma.log(), taps)[:, None]
+    mean, std = mean[:, None, None], std[:, None, None]
+    raw = pixels.float() * std + mean
+    filtered = ops.lowrank_filter2d(raw.repeat(count, 1, 1, 1), row, row, mix)
+    gain, bias = _stretch(filtered)
+    gain, bias = torch.where(stretch > 0, gain, 1.0), torch.where(stretch > 0, bias, 0.0)
+    toned = gain[:, None, None, None] * filtered + bias[:, None, None, None]
+    images = ((toned - mean) / std).to(pixels.dtype)
+    for i, preset in enumerate(presets):
+        if preset == IDENTITY:  # bit for bit, not through a round of the normalisation
+            images[i * batch : (i + 1) * batch] = pixels
+    return Candidates(images, gain, bias)
+
+
+def _stretch(images: Tensor) -> tuple[Tensor, Tensor]:
+    """gain and bias, [N], that send the quantiles of each image to 0 and 1."""
+    values = images.flatten(1)
+    values = values[:, :: -(-values.shape[1] // QUANTILE_SAMPLES)]
+    low, high = torch.quantile(values, torch.tensor(RANGE_QUANTILES, device=images.device), dim=1)
+    gain = 1 / (high - low).clamp_min(1e-3)
+    return gain, -low * gain
+
+
+def select(logits: Tensor, valid: Tensor) -> Tensor:
+    """Which of P candidates each of B samples starts from: a vote on the answer, weighted by confidence.
+
+    With a_p the most likely first token of candidate p and m_p its margin over the runner-up (logit difference,
+    averaged over the valid positions), the answer with the largest sum of m_p^4 wins, and of the candidates that gave
+    it the one of largest margin is taken. By lowest entropy alone, one over-confident candidate beats all others.
+
+    Args:
+        logits: [P, B, n, V] at the answer positions. valid: [B, n], bool.
+
+    Returns:
+        [B], index of the candidate; 0 where no candidate is finite.
+
+    Source: this project; measured beside lowest entropy in docs/tuning.md.
+    """
+    top = logits.float().topk(2, -1)
+    margin = (top.values[..., 0] - top.values[..., 1]).masked_fill(~valid, 0).sum(-1) / valid.sum(-1)  # [P, B]
+    margin = margin.nan_to_num(nan=-1.0, posinf=-1.0)
+    answer = top.indices[:, :, 0, 0]  # [P, B]
+    same = answer[:, None] == answer  # [P, P, B]
+    votes = (same * margin.clamp_min(0) ** VOTE_POWER).sum(1)  # of each candidate's answer
+    return torch.where(votes == votes.amax(0), margin, -2.0).argmax(0)

@@ -1,0 +1,153 @@
+"""What a tuning episode gives back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vqfast.nn import GaussianFilter
+from vqfast.tuning.state import EpisodeState
+from vqfast.tuning.step import Episode
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One sample of the batch. Entropies in nats; confidences are the probability of the most likely first token."""
+
+    entropy_before: float
+    entropy_after: float
+    token_before: int
+    token_after: int
+    confidence_before: float
+    confidence_after: float
+    preset: str  # where the step started; "identity" without a search
+    filter: dict[str, float]  # scalar parameters of the filter: sigma, mix, gain, bias
+    tuned: bool  # False: the step was not taken over and the sample keeps its start
+    failed: bool  # the step's entropy is not finite; implies not tuned
+    note: str  # why not tuned, else empty
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """Result of `TestTimeTuner.tune`. Prints as a table; `to_json` leaves the tensors out."""
+
+    samples: list[SampleResult]
+    timings_ms: dict[str, float]  # phase -> milliseconds
+    logits: Tensor = field(repr=False)  # [B, V], float32: first-token logits of the answer that is kept
+    parameters: dict[str, Tensor] = field(repr=False)  # [B, ...] each; what `applied` puts into the model
+    _render: Callable[[], Tensor] | None = field(repr=False)  # -> [B, C, H, W], raw pixels, not clamped
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Samples and timings as plain Python values."""
+        return {"samples": [asdict(s) for s in self.samples], "timings_ms": self.timings_ms}
+
+    def to_json(self, **options: Any) -> str:
+        """`to_dict` as JSON (options of json.dumps). A value that is not finite, which JSON has not, becomes null."""
+        return json.dumps(_finite(self.to_dict()), allow_nan=False, **options)
+
+    def image(self, sample: int = 0) -> tuple[Image, float]:
+        """The filtered image of one sample, clamped to [0, 1], and the fraction of its values that was clipped.
+
+        Raises:
+            ValueError: the episode had no filter.
+            IndexError: no such sample.
+        """
+        from PIL import Image
+
+        if self._render is None:
+            raise ValueError("this episode had no filter (filter=None), so there is no filtered image")
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample must be 0 to {len(self) - 1}; got {sample}")
+        raw = self._render()[sample]
+        half_step = 0.5 / 255  # less than this outside is a rounding error of the normalisation
+        clipped = ((raw < -half_step) | (raw > 1 + half_step)).float().mean().item()
+        pixels = (raw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), clipped
+
+    def __str__(self) -> str:
+        lines = [f"{'':>3} {'entropy':>15} {'confidence':>15} {'token':>14}  {'start':<18} filter"]
+        for i, s in enumerate(self.samples):
+            values = " ".join(f"{name} {value:.2f}" for name, value in s.filter.items())
+            note = f"  ({s.note})" if s.note else ""
+            lines.append(
+                f"{i:>3} {s.entropy_before:>6.3f} -> {s.entropy_after:>5.3f} {s.confidence_before:>6.3f} -> "
+                f"{s.confidence_after:>5.3f} {s.token_before:>5} -> {s.token_after:>5}  {s.preset:<18} {values}{note}"
+            )
+        return "\n".join([*lines, "ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in self.timings_ms.items())])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summarise(episode: Episode, state: EpisodeState) -> tuple[list[SampleResult], Tensor]:
+    """The samples of an episode, and the first-token logits [B, V] of the answers that are kept."""
+    untuned, start, answer, accepted, presets = episode
+    logits_before = untuned.logits[:, 0].float()
+    logits_after = torch.where(accepted[:, None], answer.logits[:, 0].float(), start.logits[:, 0].float())
+    before, after = logits_before.softmax(-1).max(-1), logits_after.softmax(-1).max(-1)
+    filters = _filter_scalars(state)
+    table = torch.stack(
+        [
+            untuned.entropy,
+            torch.where(accepted, answer.entropy, start.entropy),
+            before.indices,
+            after.indices,
+            before.values,
+            after.values,
+            accepted,
+            answer.entropy,
+            *filters.values(),
+        ],
+        1,
+    ).double()
+    samples = []
+    for row, preset in zip(table.tolist(), presets, strict=True):
+        h_before, h_after, token_before, token_after, c_before, c_after, tuned, h_answer, *values = row
+        note = ""
+        failed = not math.isfinite(h_answer)
+        if failed:
+            note = f"the tuned answer's entropy is {h_answer}"
+        elif not tuned:
+            note = f"the step raised the entropy to {h_answer:.3f}"
+        samples.append(
+            SampleResult(
+                entropy_before=h_before,
+                entropy_after=h_after,
+                token_before=int(token_before),
+                token_after=int(token_after),
+                confidence_before=c_before,
+                confidence_after=c_after,
+                preset=preset.name,
+                filter=dict(zip(filters, values, strict=True)),
+                tuned=bool(tuned),
+                failed=failed,
+                note=note,
+            )
+        )
+    return samples, logits_after.detach()
+
+
+def _filter_scalars(state: EpisodeState) -> dict[str, Tensor]:
+    """sigma (of a Gaussian filter), mix, gain and bias, [B] each."""
+    if state.filter is None:
+        return {}
+    named = {"sigma": state.filter.log_sigma.exp()} if isinstance(state.filter, GaussianFilter) else {}
+    named |= {"mix": state.filter.mix, "gain": state.filter.gain, "bias": state.filter.bias}
+    return {name: value.detach() for name, value in named.items()}

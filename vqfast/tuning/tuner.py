@@ -1,0 +1,227 @@
+"""The tuner: one model, one configuration, any number of inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqfast import backends
+from vqfast.integrations.transformers import Normalisation, find_vision_tower
+from vqfast.tuning import step
+from vqfast.tuning.config import TuningConfig
+from vqfast.tuning.patch import frozen, patched
+from vqfast.tuning.result import TuningResult, summarise
+from vqfast.tuning.state import EpisodeState
+from vqfast.tuning.timing import PhaseTimer
+
+logger = logging.getLogger(__name__)
+_tuners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[TestTimeTuner]] = weakref.WeakKeyDictionary()
+
+
+class TuningError(RuntimeError):
+    """The entropy of an answer is not finite and the configuration says on_failure="raise"."""
+
+
+class TestTimeTuner:
+    """Tunes a filter and LoRA on each input of a vision-language model, by the entropy of its own answer.
+
+        reset -> (search) -> forward -> entropy -> backward -> AdamW -> forward (the answer)
+
+    The model is changed only inside `tune`, `applied` and `generate`, and is put back even when they raise. The first
+    forward of an episode is exactly plain inference, and every sample of a batch is tuned by itself.
+
+    Args:
+        model: a transformers vision-language model whose vision tower takes pixels [B, C, H, W], one image per sample.
+        config: what is tuned and how far.
+        normalisation: (mean, std) per channel of the processor's pixels. By default read from the processor file beside
+            the model, or known from the kind of vision encoder.
+
+    Attributes:
+        layers: paths of the linear layers that take LoRA.
+
+    Raises:
+        ValueError: no vision tower, no layer matched, unknown normalisation, or the model has a tuner already.
+
+    Source: VQ-TTT, arXiv 2506.15645; search and guard are this project's.
+    """
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+
+    def __init__(
+        self, model: nn.Module, config: TuningConfig | None = None, *, normalisation: Normalisation | None = None
+    ) -> None:
+        self.config = config or TuningConfig()
+        other = _tuners.get(model)
+        if other is not None and other() is not None:
+            raise ValueError("this model already has a tuner; close it first: tuner.close()")
+        if any(p.is_inference() for p in model.parameters()):
+            raise ValueError("the model was made inside torch.inference_mode(): load it outside, so gradients can pass")
+        self._tower = find_vision_tower(model, self.config.lora_blocks, self.config.lora_targets, normalisation)
+        self._model: nn.Module | None = model
+        self._busy = False
+        self._states: dict[int, EpisodeState] = {}  # by batch size
+        self.layers = tuple(self._tower.linears)
+        _tuners[model] = weakref.ref(self)
+        logger.info("filter %s before %s, LoRA on %s", self.config.filter, self._tower.path, ", ".join(self.layers))
+
+    def __repr__(self) -> str:
+        model = "closed" if self._model is None else type(self._model).__name__
+        lines = [f"TestTimeTuner({model})", f"  {self.config.filter or 'no'} filter before {self._tower.path}"]
+        return "\n".join([*lines, *(f"  LoRA on {path}" for path in self.layers)])
+
+    def __enter__(self) -> TestTimeTuner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the model, which is as it was. The tuner cannot be used any more; closing again does nothing."""
+        if self._model is not None:
+            del _tuners[self._model]
+        self._model = None
+        self._states.clear()
+
+    def tune(self, **inputs: Any) -> TuningResult:
+        """Run one episode on a batch, each sample by itself. Works inside torch.inference_mode() and autocast.
+
+        Args:
+            inputs: what the processor returned: `input_ids` [B, L] (padded on the left), `pixel_values` [B, C, H, W]
+                (normalised, finite), `attention_mask` and whatever else the model takes.
+
+        Raises:
+            TypeError, ValueError: inputs that do not fit.
+            TuningError: an entropy is not finite and config.on_failure is "raise".
+            RuntimeError: the tuner is closed or in use.
+        """
+        return self._run(inputs)[0]
+
+    @contextlib.contextmanager
+    def applied(self, result: TuningResult) -> Iterator[nn.Module]:
+        """The model tuned as in `result` inside the block, plain again after it.
+
+        Give it batches of the size and order that were tuned.
+
+        Raises:
+            ValueError: the result is of another configuration or model.
+            RuntimeError: the tuner is closed or in use.
+        """
+        with self._in_use() as model:
+            with torch.inference_mode(False):  # a state outlives the caller's mode
+                state = self._state(len(result), next(model.parameters()).device)
+            if {n: p.shape for n, p in state.parameters()} != {n: p.shape for n, p in result.parameters.items()}:
+                raise ValueError("this result was tuned with another configuration or model; tune again with this one")
+            state.load(result.parameters)
+            with patched(self._tower, state), backends.backend(self.config.backend):
+                yield model
+
+    def generate(self, *, max_new_tokens: int = 32, **inputs: Any) -> Tensor:
+        """Tune on the inputs, then answer: token ids [B, L + new], as `model.generate` returns them.
+
+        Generation continues from the key-value cache of the answer forward: the vision tower does not run again.
+
+        Args:
+            max_new_tokens: longest answer, at least 1.
+            inputs: as for `tune`.
+
+        Raises:
+            as `tune`.
+        """
+        result, cache = self._run(inputs)
+        if cache is None:
+            with self.applied(result) as model, torch.no_grad():
+                return model.generate(**inputs, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return, operator]
+        prompt = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        with self._in_use() as model, torch.no_grad():
+            return model.generate(**prompt, past_key_values=cache, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return, operator]
+
+    def _run(self, inputs: dict[str, Any]) -> tuple[TuningResult, Any]:
+        with (
+            self._in_use() as model,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            backends.backend(self.config.backend),
+            frozen(model),
+        ):
+            device = next(model.parameters()).device
+            timer = PhaseTimer(device)
+            prompt = step.prepare(model, _checked(inputs, device), self.config.answer_tokens)
+            timer.mark("prepare")
+            state = self._state(prompt.valid.shape[0], device)
+            episode = step.run(model, self._tower, self.config, state, prompt, timer)
+            samples, logits = summarise(episode, state)
+            failed = [i for i, sample in enumerate(samples) if sample.failed]
+            if failed and self.config.on_failure == "raise":
+                raise TuningError(
+                    f"sample {failed[0]}: {samples[failed[0]].note}. Check the input and the model's dtype, or use "
+                    "on_failure='untuned' to get the untuned answer"
+                )
+            timer.mark("result")
+            parameters = state.snapshot()
+            render = None if state.filter is None else self._renderer(parameters, prompt.pixels)
+            return TuningResult(samples, timer.milliseconds(), logits, parameters, render), step.kept_cache(episode)
+
+    def _renderer(self, parameters: dict[str, Tensor], pixels: Tensor) -> Callable[[], Tensor]:
+        def render() -> Tensor:
+            state = EpisodeState(self.config, {}, pixels.shape[0], pixels.device)
+            state.load(parameters)
+            assert state.filter is not None
+            mean, std = self._tower.normalisation(pixels.device)
+            with torch.no_grad():
+                filtered: Tensor = state.filter(pixels.float(), mean, std)
+            return filtered * std[:, None, None] + mean[:, None, None]
+
+        return render
+
+    def _state(self, samples: int, device: torch.device) -> EpisodeState:
+        if samples not in self._states:
+            self._states = {samples: EpisodeState(self.config, self._tower.linears, samples, device)}
+        return self._states[samples]
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[nn.Module]:
+        if self._model is None:
+            raise RuntimeError("this tuner is closed; make a new one: TestTimeTuner(model, config)")
+        if self._busy:
+            raise RuntimeError("this tuner is in use (inside applied(), or in another thread); leave the block first")
+        self._busy = True
+        try:
+            yield self._model
+        finally:
+            self._busy = False
+
+
+def _checked(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The inputs as tensors that gradients can be taken through, or an error that says what is wrong with them."""
+    for name, dims, shape in (("input_ids", 2, "[B, L]"), ("pixel_values", 4, "[B, C, H, W]")):
+        value = inputs.get(name)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"tune needs {name} as a tensor {shape}; got {type(value).__name__}. "
+                "Pass the processor's output: tuner.tune(**processor(images=..., text=..., return_tensors='pt'))"
+            )
+        if value.dim() != dims:
+            raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    if ids.shape[0] != pixels.shape[0] or ids.numel() == 0:
+        raise ValueError(
+            "input_ids and pixel_values must have one row per sample and at least one sample; "
+            f"got {list(ids.shape)} and {list(pixels.shape)}"
+        )
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(f"{name} is on {value.device}, the model on {device}; move one of them")
+    if not pixels.is_floating_point():
+        raise TypeError(f"pixel_values must be floating point, as the processor gives them; got {pixels.dtype}")
+    if not bool(pixels.isfinite().all()):
+        raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and not bool(mask[:, -1].all()):
+        raise ValueError("prompts must be padded on the left: processor.tokenizer.padding_side = 'left'")
+    return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
