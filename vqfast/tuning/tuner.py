@@ -121,27 +121,29 @@ class TestTimeTuner:
             with patched(self._tower, state), backends.backend(self.config.backend):
                 yield model
 
-    def generate(self, *, max_new_tokens: int = 32, **inputs: Any) -> Tensor:
+    def generate(self, *, max_new_tokens: int = 32, generation_config: Any = None, **inputs: Any) -> Tensor:
         """Tune on the inputs, then answer: token ids [B, L + new], as `model.generate` returns them.
 
         Generation continues from the key-value cache of the answer forward: the vision tower does not run again.
 
         Args:
-            max_new_tokens: longest answer, at least 1.
+            max_new_tokens: longest answer, at least 1. generation_config: as `model.generate` takes it.
             inputs: as for `tune`.
 
         Raises:
             as `tune`.
         """
-        result, cache = self._run(inputs)
+        result, episode = self._run(inputs)
+        options = {"max_new_tokens": max_new_tokens, "generation_config": generation_config}
+        cache = step.kept_cache(episode)
         if cache is None:
             with self.applied(result) as model, torch.no_grad():
-                return model.generate(**inputs, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return, operator]
+                return model.generate(**inputs, **options)  # type: ignore[no-any-return, operator]
         prompt = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         with self._in_use() as model, torch.no_grad():
-            return model.generate(**prompt, past_key_values=cache, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return, operator]
+            return model.generate(**prompt, past_key_values=cache, **options)  # type: ignore[no-any-return, operator]
 
-    def _run(self, inputs: dict[str, Any]) -> tuple[TuningResult, Any]:
+    def _run(self, inputs: dict[str, Any]) -> tuple[TuningResult, step.Episode]:
         with (
             self._in_use() as model,
             torch.inference_mode(False),
@@ -165,7 +167,7 @@ class TestTimeTuner:
             timer.mark("result")
             parameters = state.snapshot()
             render = None if state.filter is None else self._renderer(parameters, prompt.pixels)
-            return TuningResult(samples, timer.milliseconds(), logits, parameters, render), step.kept_cache(episode)
+            return TuningResult(samples, timer.milliseconds(), logits, parameters, render), episode
 
     def _renderer(self, parameters: dict[str, Tensor], pixels: Tensor) -> Callable[[], Tensor]:
         def render() -> Tensor:

@@ -1,0 +1,191 @@
+"""Command line: `vqfast tune IMAGE` and `vqfast env`. Loaded by the console script only."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    print(f"vqfast: {error.name} is not installed; get it with: pip install 'vqfast[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+import torch
+
+import vqfast
+
+SAVED_AS = (".png", ".jpg", ".jpeg", ".webp", ".avif")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+out = Console(markup=False, highlight=False, emoji=False)
+
+
+@app.command()
+def tune(
+    image: Annotated[Path, typer.Argument(help="PNG, JPEG, WebP or AVIF file.")],
+    question: Annotated[str | None, typer.Option(help="Default for the embedded model: 'which digit?'.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a transformers model; else the embedded one.")] = None,
+    search: Annotated[bool, typer.Option(help="Search for a filter to start from; else the paper's method.")] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1,
+    save_image: Annotated[Path | None, typer.Option(help="Write the filtered image here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+) -> None:
+    """Answer a question about an image, before and after tuning on it. Runs on a CUDA device if there is one."""
+    for package in ("transformers", "PIL", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            _fail(f"{package} is not installed; get it with: pip install 'vqfast[demo]'")
+    from vqfast.images import read_image
+
+    question = "which digit?" if question is None and model is None else question
+    if not question or not question.strip():
+        _fail("there is no question; give one: --question TEXT")
+    if save_image is not None:
+        _check_output(save_image, image)
+    with _expected(ValueError):
+        pixels = read_image(image)
+    network, processor = _load(model)
+    network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    with _expected(ValueError):
+        inputs = processor(images=pixels, text=_prompt(processor, question), return_tensors="pt").to(network.device)
+        config = vqfast.TuningConfig(steps=steps, candidates="default" if search else None)
+        tuner = vqfast.TestTimeTuner(network, config)
+        result = tuner.tune(**inputs)
+    sample = result.samples[0]
+    before = after = _answer(network, processor, inputs, sample.token_before, max_new_tokens)
+    if sample.tuned or sample.preset != "identity":
+        with tuner.applied(result):
+            after = _answer(network, processor, inputs, sample.token_after, max_new_tokens)
+    clipped = None
+    if save_image is not None:
+        filtered, clipped = result.image()
+        with _expected(OSError):
+            filtered.save(save_image)
+    plain = json.loads(result.to_json())  # null where a value is not finite
+    report = dict(image=str(image), model=str(model or "embedded"), question=question, search=search, steps=steps)
+    report |= dict(answer_before=before, answer_after=after, **plain["samples"][0])
+    report |= dict(timings_ms=plain["timings_ms"], saved_image=save_image and str(save_image), clipped=clipped)
+    if as_json:
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        _print_report(report)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, what is compiled, and which backend each operator takes on each device, and why."""
+    info: dict[str, Any] = vqfast.build_info()
+    for package in ("triton", "transformers", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            info["versions"].setdefault(package, importlib.metadata.version(package))
+    if as_json:
+        print(json.dumps(info, indent=2))
+        return
+    for name, value in (*info["versions"].items(), ("compiled", info["native"] or "loaded")):
+        out.print(f"{name:<13} {'none' if value is None else value}", soft_wrap=True)
+    table = Table("operator", "device", "backend", "why", box=None, pad_edge=False)
+    for operator, devices in info["operators"].items():
+        for device, choice in devices.items():
+            table.add_row(operator, device, choice["backend"], choice["why"])
+    out.print("", table, sep="\n")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    warnings.simplefilter("ignore")
+    app()
+
+
+def _fail(message: object) -> NoReturn:
+    """End with one line on stderr and exit code 2."""
+    print("vqfast:", " ".join(str(message).split()), file=sys.stderr)
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def _expected(error: type[Exception]) -> Iterator[None]:
+    """Such an error is about the user's input: no traceback."""
+    try:
+        yield
+    except error as problem:
+        _fail(problem)
+
+
+def _check_output(path: Path, image: Path) -> None:
+    if not path.parent.is_dir():
+        _fail(f"cannot save {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir() or path.suffix.lower() not in SAVED_AS:
+        _fail(f"cannot save {path}: give the name of a file that ends in {', '.join(SAVED_AS)}")
+    if path.exists() and image.exists() and path.samefile(image):
+        _fail(f"cannot save {path}: it is the image that is read; give another name")
+
+
+def _load(folder: Path | None) -> tuple[Any, Any]:
+    """Model and processor, from disk only and without remote code."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if folder is None:
+        from vqfast import zoo
+
+        return zoo.load()
+    if not folder.is_dir():
+        _fail(f"there is no folder {folder}; --model takes a folder with config.json and model.safetensors")
+    auto_model: Any = transformers.AutoModelForImageTextToText
+    local = {"local_files_only": True, "trust_remote_code": False}
+    weights = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, loaded = auto_model.from_pretrained(folder, **weights, **local)
+        processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil", **local)
+    except Exception as error:  # transformers raises almost anything on files that do not fit together
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        _fail(f"{folder} does not load as a vision-language model: {reason}")
+    if not isinstance(processor, transformers.ProcessorMixin):
+        _fail(f"{folder} has no processor for images and text, only {type(processor).__name__}; save the model's there")
+    if unfit := sorted(map(str, (*loaded["missing_keys"], *loaded["mismatched_keys"]))):
+        _fail(f"the weights in {folder} do not fit its config.json: {len(unfit)} missing or misshapen, as {unfit[0]}")
+    return model, processor
+
+
+def _prompt(processor: Any, question: str) -> str:
+    if getattr(processor, "chat_template", None) is None:
+        return f"<image>\n{question}"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+
+
+def _answer(model: Any, processor: Any, inputs: Any, first: int, limit: int) -> str:
+    """The greedy answer, without special tokens; its first token is known."""
+    ids = torch.tensor([[first]])
+    if limit > 1:
+        ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return str(processor.batch_decode(ids, skip_special_tokens=True)[0]).strip()
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    table = Table("", "before", "after", box=None, pad_edge=False)
+    for name, key in (("answer", "answer"), ("confidence", "confidence"), ("entropy (nats)", "entropy")):
+        values = (report[f"{key}_before"], report[f"{key}_after"])
+        table.add_row(name, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+    out.print(table)
+    method = "chosen by the search" if report["search"] else "no search, the paper's method"
+    lines = [
+        f"\nstart   {report['preset']}, {method}",
+        f"steps   {report['steps']}, {report['note'] or 'taken over'}",
+        "filter  " + ", ".join(f"{name} {value:.2f}" for name, value in report["filter"].items()),
+        "ms      " + ", ".join(f"{name} {ms:.1f}" for name, ms in report["timings_ms"].items()),
+    ]
+    if report["saved_image"]:
+        lines.append(f"saved   {report['saved_image']}, {report['clipped']:.1%} of its values clipped")
+    out.print("\n".join(lines), soft_wrap=True)
