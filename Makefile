@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*/*)
+# Waiting OpenMP threads sleep: where other processes run, spinning ones make a small model a hundred times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint clean
 

@@ -5,10 +5,6 @@ Prints accuracies and times; writes report.json, report.html and the figures int
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its spinning threads stall on a busy machine
-
 import datetime
 import functools
 import json

@@ -30,8 +30,7 @@ def table(report: dict[str, Any]) -> str:
     lines.append(f"| mean lift | | | {' | '.join(lift)} |")
     clean = [f"{100 * report['clean'][mode]:.1f}" for mode in ("untuned", "one_step", "search")]
     lines.append(f"| clean images | {clean[0]} | | {clean[1]} | {clean[2]} |")
-    milliseconds = {mode: sum(phases.values()) for mode, phases in report["phases_ms"].items() if mode in lift_modes(report)}
-    times = ", ".join(f"{mode.replace('_', ' ')} {ms:.0f} ms" for mode, ms in milliseconds.items())
+    times = ", ".join(f"{mode.replace('_', ' ')} {ms:.0f} ms" for mode, ms in report["latency_ms"].items())
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
     return "\n".join(
         [
@@ -42,10 +41,6 @@ def table(report: dict[str, Any]) -> str:
             "",
         ]
     )
-
-
-def lift_modes(report: dict[str, Any]) -> list[str]:
-    return [key.removeprefix("mean_lift_") for key in report if key.startswith("mean_lift_")]
 
 
 def spliced(readme: str, report: dict[str, Any]) -> str:

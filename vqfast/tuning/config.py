@@ -30,7 +30,7 @@ class TuningConfig:
         train_tone: also train gain and bias of the filter; otherwise only presets set them.
         candidates: None, the paper's method; "default", start from the best of `DEFAULT_PRESETS`; or your own presets.
             The untouched image is always among them.
-        guard: keep a sample's start when the step did not lower its entropy.
+        guard: keep a sample's start (the untouched image, or its preset) when the step did not lower its entropy.
         on_failure: entropy not finite: "untuned" keeps the untuned answer and says so, "raise" raises TuningError.
         backend: passed to every operator (`vqfast.backend`).
 
