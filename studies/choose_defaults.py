@@ -120,13 +120,13 @@ def main() -> None:
     print_table("search without a step", rules)
 
     one_step = {f"start sigma {s}, lr_filter {lr}": (TuningConfig(lr_filter=lr), s) for s, lr in
-                [(0.7, 1.0), (1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (1.5, 0.5), (1.5, 0.3)]}  # fmt: skip
-    one_step["start sigma 1.5, lr_filter 1.0, train_tone"] = (TuningConfig(train_tone=True), 1.5)
-    one_step["start sigma 1.5, lr_filter 1.0, LoRA only"] = (TuningConfig(filter=None), 1.5)
+                [(0.7, 1.0), (1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (2.0, 0.5), (2.0, 0.3)]}  # fmt: skip
+    one_step["start sigma 2.0, lr_filter 1.0, train_tone"] = (TuningConfig(train_tone=True), 2.0)
+    one_step["start sigma 2.0, lr_filter 1.0, LoRA only"] = (TuningConfig(filter=None), 2.0)
     search = {
-        f"search, lr_filter {lr}": (TuningConfig(candidates="default", lr_filter=lr), 1.5) for lr in (1.0, 0.3, 0.1)
+        f"search, lr_filter {lr}": (TuningConfig(candidates="default", lr_filter=lr), 2.0) for lr in (1.0, 0.3, 0.1)
     }
-    search["search, lr_filter 0.3, no guard"] = (TuningConfig(candidates="default", guard=False), 1.5)
+    search["search, lr_filter 0.3, no guard"] = (TuningConfig(candidates="default", guard=False), 2.0)
     for title, configs in (("the paper's one step", one_step), ("search and one step", search)):
         print_table(
             title,

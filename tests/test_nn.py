@@ -68,3 +68,12 @@ def test_lora_linear_starts_as_its_base_and_samples_share_the_start():
     layer(x).sum().backward()
     assert base.weight.grad is None
     assert layer.lora_b.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("make", FILTERS)
+def test_short_filters_start_within_their_range(make):
+    module = make(taps=3)
+    before = [p.clone() for p in module.parameters()]
+    module.clamp_()
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert torch.equal(module.taps()[0][0], GaussianFilter(taps=3, sigma=1.0).taps()[0][0])

@@ -501,3 +501,4 @@ def test_presets_are_validated():
     with pytest.raises(ValueError, match=r"sigma must be at least 0.3"):
         Preset("too thin", sigma=0.1)
     assert TuningConfig(candidates=[Preset("blur", 1.0, 1.0), IDENTITY]).presets[0] == IDENTITY
+    assert [p.sigma for p in TuningConfig(taps=3, candidates=[Preset("blur", 2.0, 1.0)]).presets[1:]] == [1.0]

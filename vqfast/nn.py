@@ -14,7 +14,7 @@ from vqfast import ops
 
 SIGMA_MIN = 0.3  # pixels; below it Gaussian taps are the identity to within 1 %
 MIX_RANGE = (-1.0, 1.0)
-START_SIGMA = 1.5  # pixels; best of 0.7, 1, 1.5 and 2 on validation without loss on any degradation (docs/tuning.md)
+START_SIGMA = 2.0  # pixels; the best of 0.7, 1, 1.5 and 2 on validation (docs/defaults.md)
 
 
 def gaussian_taps(log_sigma: Tensor, taps: int) -> Tensor:
@@ -73,14 +73,15 @@ class GaussianFilter(_MixedFilter):
     Args:
         taps: odd number of taps k, 3 to 31.
         samples: one set of parameters per sample of a batch; None for one set in all.
-        sigma: start width in pixels; kept as log_sigma, range 0.3 to k / 3. mix has range -1 to 1.
+        sigma: start width in pixels, default 2 or k / 3; kept as log_sigma, range 0.3 to k / 3. mix: range -1 to 1.
 
     Source: VQ-TTT, arXiv 2506.15645; ranges and start values are this project's.
     """
 
-    def __init__(self, taps: int = 7, *, samples: int | None = None, sigma: float = START_SIGMA) -> None:
+    def __init__(self, taps: int = 7, *, samples: int | None = None, sigma: float | None = None) -> None:
         super().__init__(samples)
         self.length = taps
+        sigma = min(START_SIGMA, taps / 3) if sigma is None else sigma
         self.log_sigma = nn.Parameter(torch.full(() if samples is None else (samples,), math.log(sigma)))
 
     def taps(self) -> tuple[Tensor, Tensor]:
@@ -110,8 +111,9 @@ class LowRankFilter(_MixedFilter):
     Source: this project, after VQ-TTT, arXiv 2506.15645.
     """
 
-    def __init__(self, taps: int = 7, rank: int = 2, *, samples: int | None = None, sigma: float = START_SIGMA) -> None:
+    def __init__(self, taps: int = 7, rank: int = 2, *, samples: int | None = None, sigma: float | None = None) -> None:
         super().__init__(samples)
+        sigma = min(START_SIGMA, taps / 3) if sigma is None else sigma
         lead = () if samples is None else (samples,)
         self.taps_y = nn.Parameter(torch.zeros(*lead, rank, taps))
         self.taps_x = nn.Parameter(torch.zeros(*lead, rank, taps))

@@ -75,7 +75,7 @@ def render(presets: Sequence[Preset], pixels: Tensor, taps: int, mean: Tensor, s
     toned = gain[:, None, None, None] * filtered + bias[:, None, None, None]
     images = ((toned - mean) / std).to(pixels.dtype)
     for i, preset in enumerate(presets):
-        if preset == IDENTITY:  # bit for bit, not through a round of the normalisation
+        if preset.mix == 0 and not preset.stretch:  # bit for bit, not through a round of the normalisation
             images[i * batch : (i + 1) * batch] = pixels
     return Candidates(images, gain, bias)
 

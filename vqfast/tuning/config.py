@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vqfast import backends
@@ -93,11 +93,12 @@ class TuningConfig:
 
     @property
     def presets(self) -> tuple[Preset, ...]:
-        """The presets to try, the untouched image first; empty without a search."""
+        """The presets to try, the untouched image first, none wider than the taps hold; empty without a search."""
         if self.candidates is None:
             return ()
         chosen = DEFAULT_PRESETS if self.candidates == "default" else tuple(self.candidates)
-        return (IDENTITY, *(p for p in chosen if p != IDENTITY))
+        fitting = (replace(p, sigma=min(p.sigma, self.taps / 3)) for p in chosen if p != IDENTITY)
+        return (IDENTITY, *fitting)
 
 
 def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
