@@ -43,7 +43,7 @@ SEVERITIES = {
 MODES = {"one_step": TuningConfig(), "search": TuningConfig(candidates="default")}
 TAPS = MODES["one_step"].taps
 QUESTIONS = len(zoo.QUESTIONS)
-IMAGES, VALIDATION_IMAGES = 40, 24  # per condition; validation chooses the fixed filter
+IMAGES, VALIDATION_IMAGES = 80, 40  # per condition; validation chooses the fixed filter
 BATCH = 24  # samples per `tune`; larger ones are no faster per sample, in a search slower
 WARM_UP, TIMED = 5, 30  # single-image calls
 Filters = dict[str, Tensor]  # log_sigma, mix, gain -> [S]
