@@ -77,3 +77,12 @@ def test_short_filters_start_within_their_range(make):
     module.clamp_()
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert torch.equal(module.taps()[0][0], GaussianFilter(taps=3, sigma=1.0).taps()[0][0])
+
+
+@pytest.mark.parametrize("make", FILTERS)
+def test_filters_compile_in_one_graph(make):
+    module, image = make(samples=2), torch.rand(2, 3, 16, 16)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for result in (compiled(image), module(image)):
+        assert torch.equal(result, image)
+        assert torch.autograd.grad(result.square().sum(), module.mix)[0].abs().sum() > 0

@@ -2,12 +2,14 @@
 
 import gc
 import json
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
-from vqfast import Preset, TestTimeTuner, TuningConfig, TuningError, zoo
+from vqfast import Preset, TestTimeTuner, TuningConfig, TuningError, backend, backends, zoo
 from vqfast.tuning.candidates import IDENTITY, render, select
 
 SEARCH = TuningConfig(candidates="default")
@@ -144,7 +146,7 @@ def test_every_episode_starts_from_scratch(model, batch):
 def test_every_trained_tensor_moves_by_the_second_step(model, batch, config):
     with TestTimeTuner(model, config) as tuner:
         parameters = tuner.tune(**batch).parameters
-        start = tuner._states[5].identity
+        start = next(iter(tuner._states.values())).identity
         moved = {name for name in parameters if not torch.equal(parameters[name], start[name])}
     assert moved == set(parameters) - {"filter.gain", "filter.bias"}
 
@@ -192,6 +194,18 @@ def test_works_inside(model, batch, mode):
         assert torch.equal(tuner.tune(**batch).logits, outside.logits)  # nothing of the mode is left behind
 
 
+def test_bfloat16_model_takes_float32_adapters(batch):
+    model = zoo.load()[0].bfloat16()
+    inputs = {**batch, "pixel_values": batch["pixel_values"].bfloat16()}
+    expected = plain_logits(model, inputs).float()
+    with TestTimeTuner(model, SEARCH) as searching:
+        assert all(value.dtype == torch.float32 for value in searching.tune(**inputs).parameters.values())
+    with TestTimeTuner(model) as tuner:
+        result = tuner.tune(**inputs)
+    assert [s.token_before for s in result.samples] == expected.argmax(-1).tolist()
+    assert [s.confidence_before for s in result.samples] == expected.softmax(-1).amax(-1).tolist()
+
+
 def test_reference_backend_gives_the_same_answer(model, batch):
     with TestTimeTuner(model) as tuner:
         ours = tuner.tune(**batch)
@@ -226,6 +240,53 @@ def test_generate_is_tune_then_generate(model, wide_batch, config):
     assert len({s.tuned for s in result.samples}) == 2, "the batch must mix samples that were tuned and that were not"
     assert torch.equal(actual, expected)
     assert actual[:, batch["input_ids"].shape[1]].tolist() == [s.token_after for s in result.samples]
+
+
+def padded(batch: dict, count: int) -> dict:
+    """The same prompts behind `count` more padding tokens."""
+    size = (len(batch["input_ids"]), count)
+    longer = {
+        name: torch.cat([torch.zeros(size, dtype=torch.long), batch[name]], 1)
+        for name in ("input_ids", "attention_mask")
+    }
+    return {**batch, **longer}
+
+
+def test_generate_continues_at_the_positions_of_the_tuned_forward(model, batch):
+    """Behind long padding the first generated distribution is the tuned one, and the answers stay the same."""
+    options = GenerationConfig(max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+    with TestTimeTuner(model) as tuner:
+        far = padded(batch, 40)
+        result = tuner.tune(**far)
+        generated = tuner.generate(**far, generation_config=options)
+        near = tuner.generate(**batch, max_new_tokens=2)
+    torch.testing.assert_close(generated.logits[0], result.logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(generated.sequences[:, -2:], near[:, -2:])
+
+
+def test_generate_takes_the_options_of_model_generate(model, batch):
+    with TestTimeTuner(model) as tuner:
+        assert tuner.generate(**batch, min_new_tokens=4, max_new_tokens=4).shape[1] == batch["input_ids"].shape[1] + 4
+        assert tuner.generate(**batch, generation_config=GenerationConfig(max_new_tokens=1)).shape[1] == 71
+        beams = tuner.generate(**batch, num_beams=3, num_return_sequences=2, max_new_tokens=2)
+        assert beams.shape[0] == 10
+        with pytest.raises(ValueError, match="bogus_option"):
+            tuner.generate(**batch, bogus_option=1)
+        tuner.tune(**batch)
+
+
+def test_generate_of_a_model_in_training_mode_is_that_of_an_answer():
+    """Dropout stays off while an answer is tuned and generated, and the mode comes back."""
+    model, processor = zoo.load()
+    batch = noisy(processor, zoo.questions("validation")[:4])
+    with TestTimeTuner(model) as tuner:
+        expected = tuner.generate(**batch, max_new_tokens=2)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        model.train()
+        assert torch.equal(tuner.generate(**batch, max_new_tokens=2), expected)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -346,7 +407,7 @@ def test_on_failure_raise(model, batch, monkeypatch):
 
 
 def change(batch: dict, name: str, f) -> dict:
-    return {**batch, name: f(batch[name])}
+    return {**batch, name: f(batch.get(name))}
 
 
 @pytest.mark.parametrize(
@@ -362,6 +423,13 @@ def change(batch: dict, name: str, f) -> dict:
         ("input_ids", lambda x: x[0], ValueError, r"input_ids must be \[B, L\]"),
         ("input_ids", lambda x: x.tolist(), TypeError, "tune needs input_ids as a tensor"),
         ("attention_mask", lambda x: x * 0, ValueError, "padded on the left"),
+        (
+            "attention_mask",
+            lambda x: x[:, :3],
+            ValueError,
+            r"attention_mask must have the shape of input_ids, \[5, 70\]",
+        ),
+        ("labels", lambda x: torch.zeros(5), ValueError, "tune takes no labels"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_left_applied(model, batch, name, f, error, message):
@@ -373,7 +441,99 @@ def test_bad_input_is_refused_and_nothing_is_left_applied(model, batch, name, f,
         tuner.tune(**batch)
 
 
+@pytest.mark.parametrize("kind", ["own forward", "hooked", "integer weight"])
+def test_layers_that_are_not_plain_linear_are_refused(kind):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model, _ = zoo.load()
+    attention = model.model.vision_tower.encoder.layers[0].self_attn
+    if kind == "own forward":
+        attention.q_proj = Scaled(96, 96)
+    elif kind == "hooked":
+        attention.q_proj.forward = lambda x: x
+    else:
+        attention.q_proj.weight = nn.Parameter(attention.q_proj.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is a \w+ with a forward or a weight of its own"):
+        TestTimeTuner(model)
+
+
+def test_a_layer_that_the_model_does_not_call_is_an_error(model, batch, monkeypatch):
+    attention = model.model.vision_tower.encoder.layers[0].self_attn
+    with TestTimeTuner(model) as tuner:
+        q_proj = attention.q_proj
+        attention.q_proj = nn.Linear(96, 96)
+        try:
+            with pytest.raises(ValueError, match=r"no gradient reaches .*layers.0.self_attn.q_proj.lora_a"):
+                tuner.tune(**batch)
+        finally:
+            attention.q_proj = q_proj
+
+
+def test_the_callers_backend_block_stands_unless_the_configuration_names_one(model, batch, require_backend):
+    require_backend("cpu", "softmax_entropy")
+    chosen = []
+    original = backends.choose
+
+    def spy(*args):
+        chosen.append(original(*args))
+        return chosen[-1]
+
+    for config, expected in ((TuningConfig(), {"reference"}), (TuningConfig(backend="cpu", lora_blocks=0), {"cpu"})):
+        chosen.clear()
+        with pytest.MonkeyPatch.context() as patch, TestTimeTuner(model, config) as tuner, backend("reference"):
+            patch.setattr(backends, "choose", spy)
+            tuner.tune(**batch)
+        assert set(chosen) == expected
+
+
+def test_inputs_of_odd_shapes_pass_through_the_search(model, batch):
+    positions = torch.arange(batch["input_ids"].shape[1])[None]
+    with TestTimeTuner(model, SEARCH) as tuner:
+        expected = tuner.tune(**batch)
+        assert torch.equal(tuner.tune(**batch, position_ids=positions).logits, expected.logits)
+    with TestTimeTuner(model, TuningConfig(answer_tokens=2)) as tuner:
+        expected = tuner.tune(**batch)
+        given = tuner.tune(**batch, position_ids=positions.expand(5, -1))
+    assert torch.equal(given.logits, expected.logits)
+    assert given.samples == expected.samples
+
+
+def test_a_kept_result_holds_neither_tuner_nor_model(batch):
+    model, _ = zoo.load()
+    tuner = TestTimeTuner(model)
+    result = tuner.tune(**batch)
+    watched = weakref.ref(model.model.vision_tower)
+    del tuner
+    gc.collect()
+    TestTimeTuner(model).close()
+    del model
+    gc.collect()
+    assert watched() is None
+    assert result.image()[0].size == (32, 32)
+
+
+def test_results_of_another_configuration_are_refused(model, batch):
+    with TestTimeTuner(model, TuningConfig(lora_alpha=16)) as tuner:
+        result = tuner.tune(**batch)
+    with TestTimeTuner(model, TuningConfig(lora_alpha=64)) as tuner:
+        with pytest.raises(ValueError, match="tuned with another configuration"), tuner.applied(result):
+            pass
+        tuner.tune(**batch)
+
+
 def test_models_that_cannot_be_tuned(model):
+    with TestTimeTuner(model), pytest.raises(ValueError, match="already has a tuner"):
+        TestTimeTuner(nn.Sequential(model), normalisation=([0.5] * 3, [0.5] * 3))  # the same tower in a wrapper
+    with pytest.raises(ValueError, match="the vision tower is float64"):
+        TestTimeTuner(zoo.load()[0].double())
+    with pytest.raises(ValueError, match="normalisation must be"):
+        TestTimeTuner(model, normalisation=(0.5, 0.5))
+    with pytest.raises(ValueError, match="std above 0"):
+        TestTimeTuner(model, normalisation=([0.5] * 3, [0.0] * 3))
+    with pytest.raises(ValueError, match=r"lora_targets \['v_projj'\] match no linear layer"):
+        TestTimeTuner(model, TuningConfig(lora_targets=("q_proj", "v_projj")))
     with pytest.raises(ValueError, match=r"no recognisable vision tower: looked for .*vision_tower.*it has 0 .Linear."):
         TestTimeTuner(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"lora_targets \['query'\] match no linear layer.*'k_proj'"):
@@ -386,13 +546,13 @@ def test_models_that_cannot_be_tuned(model):
 def test_normalisation_comes_from_the_processor_file_the_encoder_or_the_user(model):
     config = model.config
     with TestTimeTuner(model) as tuner:
-        assert tuner._tower.mean == (0.5, 0.5, 0.5)
+        assert tuner._target[1].mean == (0.5, 0.5, 0.5)
     path, config._name_or_path = config._name_or_path, ""
     try:
         with TestTimeTuner(model) as tuner:
-            assert tuner._tower.mean[0] == pytest.approx(0.4815, abs=1e-4)  # published with CLIP
+            assert tuner._target[1].mean[0] == pytest.approx(0.4815, abs=1e-4)  # published with CLIP
         with TestTimeTuner(model, normalisation=([0.1] * 3, [0.2] * 3)) as tuner:
-            assert tuner._tower.std == (0.2, 0.2, 0.2)
+            assert tuner._target[1].std == (0.2, 0.2, 0.2)
         config.vision_config.model_type = "some_encoder"
         with pytest.raises(ValueError, match="normalisation of LlavaForConditionalGeneration is not known"):
             TestTimeTuner(model)

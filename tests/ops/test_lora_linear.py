@@ -33,6 +33,29 @@ def test_packed_rows_equal_each_sample_alone_in_value_and_gradient():
         assert not ours[1].any()  # the sample without rows
 
 
+@pytest.mark.parametrize("where", ["x", "lora_a", "lora_b"])
+def test_nan_stays_with_its_sample_in_packed_rows(where):
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    drawn = {"x": torch.randn(7, K), "lora_a": torch.randn(2, R, K), "lora_b": torch.randn(2, N, R)}
+    drawn[where][5 if where == "x" else 1] = torch.nan
+    leaves = {name: value.requires_grad_() for name, value in drawn.items()}
+    y = lora_linear(weight=torch.randn(N, K), bias=None, scaling=1.0, row_offsets=offsets, **leaves)
+    grads = dict(zip(leaves, torch.autograd.grad(y[:3].sum(), leaves.values()), strict=True))
+    assert y[:3].isfinite().all()
+    assert grads["lora_a"][0].isfinite().all()
+    assert grads["lora_b"][0].isfinite().all()
+    assert grads["x"][:3].isfinite().all()
+
+
+def test_compiled_with_another_scaling():
+    x, weight, a, b = torch.randn(3, K), torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="eager", dynamic=True)
+    for scaling in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(
+            compiled(x, weight, None, a, b, scaling), lora_linear(x, weight, None, a, b, scaling)
+        )
+
+
 def test_zero_b_is_the_plain_layer_bit_for_bit():
     x, weight, bias = torch.randn(3, 5, K), torch.randn(N, K), torch.randn(N)
     actual = lora_linear(x, weight, bias, torch.randn(3, R, K), torch.zeros(3, N, R), 2.0)

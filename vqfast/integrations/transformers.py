@@ -56,8 +56,8 @@ def find_vision_tower(
         )
     path, tower = min(found, key=lambda item: item[0].count("."))
     linears = _target_linears(path, tower, blocks, targets) if blocks else {}
-    mean, std = normalisation or _find_normalisation(model)
-    return VisionTower(path, tower, linears, tuple(mean), tuple(std))
+    mean, std = _checked_normalisation(normalisation or _find_normalisation(model))
+    return VisionTower(path, tower, linears, mean, std)
 
 
 def _target_linears(tower_path: str, tower: nn.Module, blocks: int, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -73,19 +73,39 @@ def _target_linears(tower_path: str, tower: nn.Module, blocks: int, targets: Seq
     list_path, block_list = max(lists, key=lambda item: len(item[1]))
     if blocks > len(block_list):
         raise ValueError(f"lora_blocks = {blocks}, but the vision tower has {len(block_list)} blocks")
-    linears = {
+    named = {
         f"{tower_path}.{list_path}.{i}.{path}": m
         for i, block in enumerate(list(block_list)[:blocks])
         for path, m in block.named_modules()
-        if isinstance(m, nn.Linear) and path.rpartition(".")[2] in targets
+        if path.rpartition(".")[2] in targets
     }
-    if not linears:
+    missing = [target for target in targets if not any(path.endswith(f".{target}") for path in named)]
+    if missing:
         there = sorted({p.rpartition(".")[2] for p, m in block_list[0].named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
-            f"lora_targets {list(targets)} match no linear layer in the vision blocks {tower_path}.{list_path}; "
+            f"lora_targets {missing} match no linear layer in the vision blocks {tower_path}.{list_path}; "
             f"their linear layers are named {there}"
         )
-    return linears
+    for path, m in named.items():
+        plain = isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and "forward" not in vars(m)
+        if not (plain and m.weight.is_floating_point()):
+            raise ValueError(
+                f"{path} is a {type(m).__name__} with a forward or a weight of its own (quantised, hooked or wrapped); "
+                "LoRA goes on plain nn.Linear layers with floating-point weights. Leave it out of lora_targets"
+            )
+    return named
+
+
+def _checked_normalisation(normalisation: Normalisation) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in normalisation)
+    except TypeError as error:
+        raise ValueError(
+            f"normalisation must be (mean, std), a number per channel each; got {normalisation}"
+        ) from error
+    if len(mean) != len(std) or not all(value > 0 for value in std):
+        raise ValueError(f"normalisation must be (mean, std), as many of each, std above 0; got {normalisation}")
+    return mean, std
 
 
 def _find_normalisation(model: nn.Module) -> Normalisation:

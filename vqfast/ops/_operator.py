@@ -46,11 +46,15 @@ class FirstOrder(torch.autograd.Function):
 
 
 def autocast_cast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors cast as autocast casts the arguments of a matrix product; unchanged where autocast is off."""
+    """Tensors cast as autocast casts the arguments of a matrix product; unchanged where autocast is off.
+
+    Other dtypes than its own pass through: they are refused afterwards, not converted.
+    """
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
+    cast = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in cast else t for t in tensors)
 
 
 def check_activation(name: str, tensor: object) -> Tensor:

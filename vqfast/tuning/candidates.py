@@ -29,7 +29,7 @@ class Preset:
     stretch: bool = False
 
     def __post_init__(self) -> None:
-        if not self.sigma >= SIGMA_MIN:
+        if not SIGMA_MIN <= self.sigma < float("inf"):
             raise ValueError(f"sigma must be at least {SIGMA_MIN} pixels; got {self.sigma}")
         if not MIX_RANGE[0] <= self.mix <= MIX_RANGE[1]:
             raise ValueError(f"mix must be between {MIX_RANGE[0]} and {MIX_RANGE[1]}; got {self.mix}")

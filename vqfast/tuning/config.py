@@ -32,7 +32,8 @@ class TuningConfig:
             The untouched image is always among them.
         guard: keep a sample's start (the untouched image, or its preset) when the step did not lower its entropy.
         on_failure: entropy not finite: "untuned" keeps the untuned answer and says so, "raise" raises TuningError.
-        backend: passed to every operator (`vqfast.backend`).
+        backend: for every operator (`vqfast.backend`); None leaves the choice to the caller's block or to vqfast. A
+            backend by name runs or raises, also for an operator that it has no kernel for.
 
     Source: VQ-TTT, arXiv 2506.15645 (filter, LoRA on shallow blocks, one step, answer entropy); values and the rest are
     this project's, chosen on the embedded model's validation split (docs/tuning.md).

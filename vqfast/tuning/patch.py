@@ -30,19 +30,18 @@ def patched(tower: VisionTower, state: EpisodeState) -> Iterator[None]:
         filtered = state.filter(pixels, *tower.normalisation(pixels.device))
         return ((filtered, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": filtered})
 
-    # An instance attribute hides the class's forward: no module moves, no name in state_dict() changes.
-    before = {path: linear.__dict__.get("forward") for path, linear in tower.linears.items()}
-    hook = tower.module.register_forward_pre_hook(filter_pixels, with_kwargs=True)
+    hook = None
     try:
+        hook = tower.module.register_forward_pre_hook(filter_pixels, with_kwargs=True)
+        # An instance attribute hides the class's forward: no module moves, no name in state_dict() changes.
         for path, adapter in state.adapters.items():
             tower.linears[path].__dict__["forward"] = adapter.forward
         yield
     finally:
-        hook.remove()
-        for path, linear in tower.linears.items():
+        if hook is not None:
+            hook.remove()
+        for linear in tower.linears.values():
             linear.__dict__.pop("forward", None)
-            if before[path] is not None:
-                linear.__dict__["forward"] = before[path]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vqfast.nn import GaussianFilter
+from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Episode
 
@@ -44,7 +44,9 @@ class TuningResult:
     timings_ms: dict[str, float]  # phase -> milliseconds
     logits: Tensor = field(repr=False)  # [B, V], float32: first-token logits of the answer that is kept
     parameters: dict[str, Tensor] = field(repr=False)  # [B, ...] each; what `applied` puts into the model
-    _render: Callable[[], Tensor] | None = field(repr=False)  # -> [B, C, H, W], raw pixels, not clamped
+    config: TuningConfig = field(repr=False)
+    pixels: Tensor = field(repr=False)  # [B, C, H, W], as they were given
+    normalisation: tuple[Tensor, Tensor] = field(repr=False)  # mean and std of the pixels, [C]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,15 +68,25 @@ class TuningResult:
         """
         from PIL import Image
 
-        if self._render is None:
+        if self.config.filter is None:
             raise ValueError("this episode had no filter (filter=None), so there is no filtered image")
         if not 0 <= sample < len(self):
             raise IndexError(f"sample must be 0 to {len(self) - 1}; got {sample}")
-        raw = self._render()[sample]
+        raw = self._filtered()[sample]
         half_step = 0.5 / 255  # less than this outside is a rounding error of the normalisation
         clipped = ((raw < -half_step) | (raw > 1 + half_step)).float().mean().item()
         pixels = (raw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), clipped
+
+    @torch.no_grad()
+    def _filtered(self) -> Tensor:
+        """Raw filtered pixels, not clamped, [B, C, H, W]."""
+        state = EpisodeState(self.config, {}, len(self), self.pixels.device)
+        state.load(self.parameters)
+        assert state.filter is not None
+        mean, std = self.normalisation
+        filtered: Tensor = state.filter(self.pixels.float(), mean, std)
+        return filtered * std[:, None, None] + mean[:, None, None]
 
     def __str__(self) -> str:
         lines = [f"{'':>3} {'entropy':>15} {'confidence':>15} {'token':>14}  {'start':<18} filter"]
@@ -125,7 +137,7 @@ def summarise(episode: Episode, state: EpisodeState) -> tuple[list[SampleResult]
         if failed:
             note = f"the tuned answer's entropy is {h_answer}"
         elif not tuned:
-            note = f"the step raised the entropy to {h_answer:.3f}"
+            note = f"the step did not lower the entropy: {h_answer:.3f}"
         samples.append(
             SampleResult(
                 entropy_before=h_before,

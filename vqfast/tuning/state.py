@@ -50,17 +50,16 @@ class EpisodeState:
             yield f"{path}.lora_a", adapter.lora_a
             yield f"{path}.lora_b", adapter.lora_b
 
-    def trained(self) -> list[nn.Parameter]:
-        return [p for _, p in self.parameters() if p.requires_grad]
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.parameters() if p.requires_grad]
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A fresh AdamW without weight decay, one group per learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.parameters():
-            if parameter.requires_grad:
-                ratio = LR_RATIO.get(name.rpartition(".")[2])
-                rate = self.config.lr_lora if ratio is None else self.config.filter_rate * ratio
-                groups.setdefault(rate, []).append(parameter)
+        for name, parameter in self.trained():
+            ratio = LR_RATIO.get(name.rpartition(".")[2])
+            rate = self.config.lr_lora if ratio is None else self.config.filter_rate * ratio
+            groups.setdefault(rate, []).append(parameter)
         return torch.optim.AdamW([{"params": p, "lr": lr} for lr, p in groups.items()], weight_decay=0, fused=True)
 
     def snapshot(self) -> dict[str, Tensor]:

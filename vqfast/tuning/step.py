@@ -53,12 +53,15 @@ def prepare(model: Any, inputs: dict[str, Any], answer_tokens: int) -> Prompt:
     if answer_tokens == 1:
         return Prompt(inputs, valid)
     with torch.no_grad():
-        generated = model.generate(**inputs, max_new_tokens=answer_tokens, do_sample=False)
+        greedy = dict(do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
+        generated = model.generate(**inputs, max_new_tokens=answer_tokens, **greedy)
     answer = generated[:, ids.shape[1] :][:, : answer_tokens - 1]
     ends = model.generation_config.eos_token_id
     ends = torch.as_tensor([] if ends is None else ends, device=ids.device).view(-1)
     alive = torch.isin(answer, ends).cumsum(-1) == 0  # a position counts while the answer had not ended before it
     tails = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    if "position_ids" in inputs:
+        tails["position_ids"] = inputs["position_ids"][:, -1:] + 1 + torch.arange(answer.shape[1], device=ids.device)
     longer = {
         name: torch.cat([value, tails.get(name, torch.zeros_like(answer)).to(value)], 1)
         for name, value in inputs.items()
@@ -67,11 +70,11 @@ def prepare(model: Any, inputs: dict[str, Any], answer_tokens: int) -> Prompt:
     return Prompt({**inputs, **longer}, torch.cat([valid, alive], 1))
 
 
-def forward(model: Any, prompt: Prompt) -> Forward:
+def forward(model: Any, prompt: Prompt, *, use_cache: bool = True) -> Forward:
     """Run the model on the prompt; rows of the language-model head only for the answer positions where it can."""
     positions = prompt.valid.shape[1]
     keep = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(**{**prompt.inputs, "use_cache": True, **keep})
+    output = model(**{**prompt.inputs, "use_cache": use_cache, "return_dict": True, **keep})
     logits = output.logits[:, -positions:]
     return Forward(logits, answer_entropy(logits, prompt.valid), output.past_key_values)
 
@@ -88,16 +91,20 @@ def search(
     with torch.no_grad():
         images = render(presets, prompt.pixels, config.taps, *tower.normalisation(prompt.pixels.device))
         repeated = {
-            name: value.repeat(len(presets), *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value
+            name: value.repeat(len(presets), *[1] * (value.dim() - 1)) if _per_sample(value, batch) else value
             for name, value in prompt.inputs.items()
         }
         repeated["pixel_values"] = images.pixels
-        tried = forward(model, Prompt(repeated, prompt.valid.repeat(len(presets), 1)))
+        tried = forward(model, Prompt(repeated, prompt.valid.repeat(len(presets), 1)), use_cache=False)
         best = select(tried.logits.unflatten(0, (len(presets), batch)), prompt.valid)
         rows = best * batch + torch.arange(batch, device=best.device)
         chosen = [presets[i] for i in best.tolist()]
         state.set_presets(chosen, images.gain[rows], images.bias[rows])
         return Forward(tried.logits[:batch], tried.entropy[:batch], None), chosen
+
+
+def _per_sample(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
 
 
 def run(
@@ -109,7 +116,8 @@ def run(
     if config.presets:
         untuned, presets = search(model, tower, config, state, prompt)
         timer.mark("search")
-    begin, trained, optimizer = state.snapshot(), state.trained(), state.optimizer()
+    begin, optimizer = state.snapshot(), state.optimizer()
+    names, trained = zip(*state.trained(), strict=True)
     with patched(tower, state):
         start = last = forward(model, prompt)
         timer.mark("forward")
@@ -119,6 +127,8 @@ def run(
                 timer.mark("forward")
             # A sample's entropy depends on its own parameters only, so the sum gives each its own gradient.
             grads = torch.autograd.grad(last.entropy.sum(), trained, allow_unused=True)
+            if unreached := [name for name, grad in zip(names, grads, strict=True) if grad is None]:
+                raise ValueError(f"no gradient reaches {unreached[0]}: the model does not call that layer's forward")
             timer.mark("backward")
             for parameter, grad in zip(trained, grads, strict=True):
                 parameter.grad = grad
@@ -139,9 +149,11 @@ def run(
 def kept_cache(episode: Episode) -> Any:
     """Each sample's key-value cache of the answer that is kept, cut before the last prompt token.
 
-    None where the cache cannot be put together sample by sample (it has layers without keys and values).
+    None without a cache, or where it cannot be put together sample by sample (layers without keys and values).
     """
     kept, accepted = episode.answer.cache, episode.accepted
+    if kept is None:
+        return None
     if not bool(accepted.all()):
         for layer, other in zip(kept.layers, episode.start.cache.layers, strict=True):
             if not (isinstance(getattr(layer, "keys", None), Tensor) and isinstance(layer.values, Tensor)):

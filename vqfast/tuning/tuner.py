@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqfast import backends
-from vqfast.integrations.transformers import Normalisation, find_vision_tower
+from vqfast.integrations.transformers import Normalisation, VisionTower, find_vision_tower
 from vqfast.tuning import step
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.patch import frozen, patched
@@ -57,22 +58,29 @@ class TestTimeTuner:
         self, model: nn.Module, config: TuningConfig | None = None, *, normalisation: Normalisation | None = None
     ) -> None:
         self.config = config or TuningConfig()
-        other = _tuners.get(model)
-        if other is not None and other() is not None:
-            raise ValueError("this model already has a tuner; close it first: tuner.close()")
         if any(p.is_inference() for p in model.parameters()):
             raise ValueError("the model was made inside torch.inference_mode(): load it outside, so gradients can pass")
-        self._tower = find_vision_tower(model, self.config.lora_blocks, self.config.lora_targets, normalisation)
-        self._model: nn.Module | None = model
+        tower = find_vision_tower(model, self.config.lora_blocks, self.config.lora_targets, normalisation)
+        if any(p.dtype == torch.float64 for p in tower.module.parameters()):
+            raise ValueError("the vision tower is float64; tuning takes float32, bfloat16 or float16: model.float()")
+        other = _tuners.get(tower.module)
+        if other is not None and other() is not None:
+            raise ValueError("this model already has a tuner; close it first: tuner.close()")
+        self._target: tuple[nn.Module, VisionTower] | None = (model, tower)  # None once closed
         self._busy = False
-        self._states: dict[int, EpisodeState] = {}  # by batch size
-        self.layers = tuple(self._tower.linears)
-        _tuners[model] = weakref.ref(self)
-        logger.info("filter %s before %s, LoRA on %s", self.config.filter, self._tower.path, ", ".join(self.layers))
+        self._states: dict[tuple[int, torch.device], EpisodeState] = {}  # of the last batch size and device
+        self.layers = tuple(tower.linears)
+        _tuners[tower.module] = weakref.ref(self)
+        logger.info("filter %s before %s, LoRA on %s", self.config.filter, tower.path, ", ".join(self.layers))
 
     def __repr__(self) -> str:
-        model = "closed" if self._model is None else type(self._model).__name__
-        lines = [f"TestTimeTuner({model})", f"  {self.config.filter or 'no'} filter before {self._tower.path}"]
+        lines = ["TestTimeTuner(closed)"]
+        if self._target is not None:
+            model, tower = self._target
+            lines = [
+                f"TestTimeTuner({type(model).__name__})",
+                f"  {self.config.filter or 'no'} filter before {tower.path}",
+            ]
         return "\n".join([*lines, *(f"  LoRA on {path}" for path in self.layers)])
 
     def __enter__(self) -> TestTimeTuner:
@@ -83,9 +91,9 @@ class TestTimeTuner:
 
     def close(self) -> None:
         """Let go of the model, which is as it was. The tuner cannot be used any more; closing again does nothing."""
-        if self._model is not None:
-            del _tuners[self._model]
-        self._model = None
+        if self._target is not None:
+            del _tuners[self._target[1].module]
+        self._target = None
         self._states.clear()
 
     def tune(self, **inputs: Any) -> TuningResult:
@@ -109,54 +117,76 @@ class TestTimeTuner:
         Give it batches of the size and order that were tuned.
 
         Raises:
-            ValueError: the result is of another configuration or model.
+            ValueError: the result is of another configuration, or of a model with other layers.
             RuntimeError: the tuner is closed or in use.
         """
-        with self._in_use() as model:
+        with self._in_use() as (model, tower):
             with torch.inference_mode(False):  # a state outlives the caller's mode
-                state = self._state(len(result), next(model.parameters()).device)
-            if {n: p.shape for n, p in state.parameters()} != {n: p.shape for n, p in result.parameters.items()}:
+                state = self._state(len(result), tower, next(model.parameters()).device)
+            shapes = {name: value.shape for name, value in result.parameters.items()}
+            if result.config != self.config or {n: p.shape for n, p in state.parameters()} != shapes:
                 raise ValueError("this result was tuned with another configuration or model; tune again with this one")
             state.load(result.parameters)
-            with patched(self._tower, state), backends.backend(self.config.backend):
+            with patched(tower, state), self._backend():
                 yield model
 
-    def generate(self, *, max_new_tokens: int = 32, generation_config: Any = None, **inputs: Any) -> Tensor:
-        """Tune on the inputs, then answer: token ids [B, L + new], as `model.generate` returns them.
+    def generate(self, *, max_new_tokens: int | None = None, generation_config: Any = None, **inputs: Any) -> Any:
+        """Tune on the inputs, then answer: token ids [B, L + new], or what `model.generate` is told to return.
 
-        Generation continues from the key-value cache of the answer forward: the vision tower does not run again.
+        Generation continues from the key-value cache of the answer forward: the vision tower does not run again. With
+        beams or several sequences per sample it starts anew on the tuned model.
 
         Args:
-            max_new_tokens: longest answer, at least 1. generation_config: as `model.generate` takes it.
-            inputs: as for `tune`.
+            max_new_tokens: longest answer; 32 unless this or a generation_config is given.
+            generation_config: as `model.generate` takes it.
+            inputs: tensors as for `tune`; anything else is an option of `model.generate`, such as do_sample=True.
 
         Raises:
-            as `tune`.
+            as `tune`, and as `model.generate`.
         """
-        result, episode = self._run(inputs)
-        options = {"max_new_tokens": max_new_tokens, "generation_config": generation_config}
-        cache = step.kept_cache(episode)
-        if cache is None:
-            with self.applied(result) as model, torch.no_grad():
-                return model.generate(**inputs, **options)  # type: ignore[no-any-return, operator]
-        prompt = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        with self._in_use() as model, torch.no_grad():
-            return model.generate(**prompt, past_key_values=cache, **options)  # type: ignore[no-any-return, operator]
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        options = {name: value for name, value in inputs.items() if name not in tensors}
+        options["generation_config"] = generation_config
+        if max_new_tokens is not None or generation_config is None:
+            options["max_new_tokens"] = 32 if max_new_tokens is None else max_new_tokens
+        result, episode = self._run(tensors)
+        with contextlib.ExitStack() as stack:
+            model: Any = stack.enter_context(self._in_use())[0]
+            defaults = generation_config or model.generation_config
+            wide = any(
+                (options.get(name) or getattr(defaults, name, None) or 1) > 1
+                for name in ("num_beams", "num_return_sequences")
+            )
+            cache = None if wide else step.kept_cache(episode)
+            if cache is None:
+                stack.pop_all().close()
+                stack.enter_context(self.applied(result))
+                prompt = tensors
+            else:
+                prompt = {name: tensors[name] for name in ("input_ids", "attention_mask") if name in tensors}
+                if "position_ids" in inspect.signature(model.forward).parameters:
+                    # Those of the tuned forward. generate would count them from the mask, past the padding.
+                    positions = torch.arange(prompt["input_ids"].shape[1], device=prompt["input_ids"].device)
+                    prompt["position_ids"] = tensors.get("position_ids", positions.expand_as(prompt["input_ids"]))
+                options["past_key_values"] = cache
+            stack.enter_context(frozen(model))
+            stack.enter_context(torch.no_grad())
+            return model.generate(**prompt, **options)
 
     def _run(self, inputs: dict[str, Any]) -> tuple[TuningResult, step.Episode]:
         with (
-            self._in_use() as model,
+            self._in_use() as (model, tower),
             torch.inference_mode(False),
             torch.enable_grad(),
-            backends.backend(self.config.backend),
+            self._backend(),
             frozen(model),
         ):
             device = next(model.parameters()).device
             timer = PhaseTimer(device)
             prompt = step.prepare(model, _checked(inputs, device), self.config.answer_tokens)
             timer.mark("prepare")
-            state = self._state(prompt.valid.shape[0], device)
-            episode = step.run(model, self._tower, self.config, state, prompt, timer)
+            state = self._state(prompt.valid.shape[0], tower, device)
+            episode = step.run(model, tower, self.config, state, prompt, timer)
             samples, logits = summarise(episode, state)
             failed = [i for i, sample in enumerate(samples) if sample.failed]
             if failed and self.config.on_failure == "raise":
@@ -165,36 +195,36 @@ class TestTimeTuner:
                     "on_failure='untuned' to get the untuned answer"
                 )
             timer.mark("result")
-            parameters = state.snapshot()
-            render = None if state.filter is None else self._renderer(parameters, prompt.pixels)
-            return TuningResult(samples, timer.milliseconds(), logits, parameters, render), episode
+            result = TuningResult(
+                samples=samples,
+                timings_ms=timer.milliseconds(),
+                logits=logits,
+                parameters=state.snapshot(),
+                config=self.config,
+                pixels=prompt.pixels,
+                normalisation=tower.normalisation(device),
+            )
+            return result, episode
 
-    def _renderer(self, parameters: dict[str, Tensor], pixels: Tensor) -> Callable[[], Tensor]:
-        def render() -> Tensor:
-            state = EpisodeState(self.config, {}, pixels.shape[0], pixels.device)
-            state.load(parameters)
-            assert state.filter is not None
-            mean, std = self._tower.normalisation(pixels.device)
-            with torch.no_grad():
-                filtered: Tensor = state.filter(pixels.float(), mean, std)
-            return filtered * std[:, None, None] + mean[:, None, None]
+    def _backend(self) -> contextlib.AbstractContextManager[None]:
+        """The configuration's backend; without one the caller's choice stands."""
+        return backends.backend(self.config.backend) if self.config.backend else contextlib.nullcontext()
 
-        return render
-
-    def _state(self, samples: int, device: torch.device) -> EpisodeState:
-        if samples not in self._states:
-            self._states = {samples: EpisodeState(self.config, self._tower.linears, samples, device)}
-        return self._states[samples]
+    def _state(self, samples: int, tower: VisionTower, device: torch.device) -> EpisodeState:
+        key = (samples, device)
+        if key not in self._states:
+            self._states = {key: EpisodeState(self.config, tower.linears, samples, device)}
+        return self._states[key]
 
     @contextlib.contextmanager
-    def _in_use(self) -> Iterator[nn.Module]:
-        if self._model is None:
+    def _in_use(self) -> Iterator[tuple[nn.Module, VisionTower]]:
+        if self._target is None:
             raise RuntimeError("this tuner is closed; make a new one: TestTimeTuner(model, config)")
         if self._busy:
             raise RuntimeError("this tuner is in use (inside applied(), or in another thread); leave the block first")
-        self._busy = True
         try:
-            yield self._model
+            self._busy = True
+            yield self._target
         finally:
             self._busy = False
 
@@ -223,7 +253,11 @@ def _checked(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
         raise TypeError(f"pixel_values must be floating point, as the processor gives them; got {pixels.dtype}")
     if not bool(pixels.isfinite().all()):
         raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
+    if refused := [name for name in ("past_key_values", "labels", "inputs_embeds") if inputs.get(name) is not None]:
+        raise ValueError(f"tune takes no {refused[0]}: pass the processor's output alone")
     mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
     if isinstance(mask, Tensor) and not bool(mask[:, -1].all()):
         raise ValueError("prompts must be padded on the left: processor.tokenizer.padding_side = 'left'")
     return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import autocast_cast
+from vqfast.ops._operator import autocast_cast, check_activation
 from vqfast.ops.linear_softmax_entropy import contract, reference
 
 
@@ -34,7 +34,7 @@ def linear_softmax_entropy(
 
     Source: this project (online form of the entropy of VQ-TTT, arXiv 2506.15645).
     """
-    device = hidden.device.type
+    device = check_activation("hidden", hidden).device.type
     hidden, weight, bias = autocast_cast(device, hidden, weight, bias)  # type: ignore[assignment]
     contract.check(hidden, weight, bias)
     backends.choose("linear_softmax_entropy", device, hidden.dtype, backend)  # only the reference so far

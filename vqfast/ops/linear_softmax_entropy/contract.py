@@ -11,10 +11,10 @@ from vqfast.ops._operator import check_activation, check_device, check_frozen, d
 def check(hidden: object, weight: Tensor, bias: Tensor | None) -> None:
     """Raises TypeError or ValueError where arguments do not fit; dtypes are compared after autocast."""
     h = check_activation("hidden", hidden)
-    for name, base in (("weight", weight), ("bias", bias)):
-        if base is None:
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is None and name == "bias":
             continue
-        check_activation(name, base)
+        base = check_activation(name, given)
         if base.dtype != h.dtype:
             raise TypeError(f"{name} must have the dtype of hidden, {h.dtype}; got {base.dtype}")
         check_device(name, base, h)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import autocast_cast
+from vqfast.ops._operator import autocast_cast, check_activation
 from vqfast.ops.lora_linear import contract, reference
 
 
@@ -47,7 +47,7 @@ def lora_linear(
 
     Source: LoRA, arXiv 2106.09685; per-sample and packed forms are this project's.
     """
-    device = x.device.type
+    device = check_activation("x", x).device.type
     x, weight, bias = autocast_cast(device, x, weight, bias)  # type: ignore[assignment]
     contract.check(x, weight, bias, lora_a, lora_b, scaling, row_offsets)
     backends.choose("lora_linear", device, x.dtype, backend)  # only the reference so far; raises for any other

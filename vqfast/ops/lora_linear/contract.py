@@ -23,10 +23,10 @@ def check(
 ) -> None:
     """Raises TypeError or ValueError where arguments do not fit; dtypes of x and weight are compared after autocast."""
     rows = check_activation("x", x)
-    for name, base in (("weight", weight), ("bias", bias)):
-        if base is None:
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is None and name == "bias":
             continue
-        check_activation(name, base)
+        base = check_activation(name, given)
         if base.dtype != rows.dtype:
             raise TypeError(f"{name} must have the dtype of x, {rows.dtype}; got {base.dtype}")
         check_device(name, base, rows)
@@ -46,9 +46,11 @@ def check(
         raise ValueError(
             f"lora_b must be {[*a.shape[:-2], outputs, rank]} beside lora_a {list(a.shape)}; got {list(b.shape)}"
         )
-    if isinstance(scaling, Tensor) or not math.isfinite(scaling):
+    if not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be a finite Python number; got {scaling!r}")
     if row_offsets is not None:
+        if not isinstance(row_offsets, Tensor):
+            raise TypeError(f"row_offsets must be a torch.Tensor; got {type(row_offsets).__name__}")
         if a.dim() != 3 or rows.dim() != 2:
             raise ValueError(
                 "row_offsets goes with packed rows x [T, K] and per-sample adapters [B, r, K]; "

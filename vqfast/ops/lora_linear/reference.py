@@ -21,10 +21,11 @@ def lora_linear(
     if row_offsets is None:
         t = x @ a.mT
         return base + scaling * (t @ b.mT)
-    samples, rank, _ = a.shape
     row = torch.arange(x.shape[0], device=x.device, dtype=row_offsets.dtype)
     owner = torch.bucketize(row, row_offsets[1:].contiguous(), right=True)  # sample of each row; no sizes are read back
-    own = owner[:, None] == torch.arange(samples, device=x.device)  # [T, B]
-    t = (x @ a.flatten(0, 1).mT).unflatten(-1, (samples, rank))
-    t = torch.where(own[..., None], t, 0)  # [T, B, r], zero but for the row's own adapter
-    return base + scaling * (t.flatten(1) @ b.mT.flatten(0, 1))
+    update = torch.zeros_like(base)
+    for sample in range(lora_a.shape[0]):  # masked before and after, so that a NaN stays with its sample
+        own = (owner == sample)[:, None]
+        t = torch.where(own, x, 0) @ a[sample].mT
+        update = torch.where(own, t @ b[sample].mT, update)
+    return base + scaling * update

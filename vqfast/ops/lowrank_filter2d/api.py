@@ -29,7 +29,7 @@ def lowrank_filter2d(
         y = gain (image + mix (F - image)) + bias
 
     with u_r = `taps_y[r]` (vertical) and v_r = `taps_x[r]` (horizontal). At mix 0, gain 1 and bias 0 the output is the
-    image, bit for bit.
+    image, bit for bit, if its pixels are finite.
 
     Args:
         image: [B, C, H, W]; float32, float16, bfloat16, or float64 (reference backend). Any value range.

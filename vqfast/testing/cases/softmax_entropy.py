@@ -15,6 +15,10 @@ def _case(name: str, *shape: int, scale: float = 3.0, change: Callable[[Tensor],
     return Case(name, lambda g: {"logits": change(normal(g, *shape, scale=scale))})
 
 
+def _early_peak(z: Tensor) -> Tensor:
+    return torch.cat([z[:, :5] + 200, z[:, 5:]], -1)
+
+
 def _mask_half(z: Tensor) -> Tensor:
     return z.masked_fill(torch.arange(z.shape[-1]) % 2 == 1, -torch.inf)
 
@@ -34,6 +38,7 @@ OPERATOR = OperatorCases(
         _case("confident", 3, 65, scale=60.0),
         _case("far_from_zero", 2, 40, change=lambda z: z + 200),
         _case("masked", 3, 50, change=_mask_half),
+        _case("peak_in_the_first_chunk", 2, 3000, change=_early_peak),
         _case("empty", 0, 7),
     ),
 )
