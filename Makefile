@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*/*)
-# Waiting OpenMP threads sleep: where other processes run, spinning ones make a small model a hundred times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
+# OpenMP threads that wait spin for a moment, then sleep: where other processes run, endless spinning makes a small model
+# a hundred times slower (docs/tuning.md).
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint clean
 
