@@ -83,7 +83,19 @@ def check_device(name: str, tensor: Tensor, activation: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the activations on {activation.device}; move one of them")
 
 
-def check_frozen(name: str, tensor: Tensor | None) -> None:
-    """A base weight gets no gradient: refuse one that asks for it rather than leave it silently at zero."""
-    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} is frozen in this operator but requires grad; pass {name}.detach() or freeze it")
+def check_frozen_base(name: str, activation: Tensor, weight: object, bias: object) -> None:
+    """weight and bias (or None) of a frozen layer beside `activation`, called `name`: same dtype, device, no gradient.
+
+    A base that requires grad is refused rather than left silently at a gradient of zero.
+    """
+    for base_name, given in (("weight", weight), ("bias", bias)):
+        if given is None and base_name == "bias":
+            continue
+        base = check_activation(base_name, given)
+        if base.dtype != activation.dtype:
+            raise TypeError(f"{base_name} must have the dtype of {name}, {activation.dtype}; got {base.dtype}")
+        check_device(base_name, base, activation)
+        if base.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{base_name} is frozen in this operator but requires grad; pass {base_name}.detach() or freeze it"
+            )

@@ -20,7 +20,7 @@ class DigitsProcessor(LlavaProcessor):
                 if token == self.tokenizer.unk_token_id:
                     raise ValueError(
                         f"the digits model does not know the word {sentence[start:end]!r}; it answers "
-                        f"{', '.join(map(repr, QUESTIONS))}. Ask one of these (vqfast.zoo.prompt(question) makes the text)"
+                        f"{', '.join(map(repr, QUESTIONS))}: ask one of these (vqfast.zoo.prompt makes the text)"
                     )
         inputs: BatchFeature = super().__call__(images=images, text=text, **kwargs)
         return inputs

@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqfast.ops._operator import check_activation, check_device, check_frozen, define
+from vqfast.ops._operator import check_activation, check_frozen_base, define
 
 
 def check(hidden: object, weight: Tensor, bias: Tensor | None) -> None:
     """Raises TypeError or ValueError where arguments do not fit; dtypes are compared after autocast."""
     h = check_activation("hidden", hidden)
-    for name, given in (("weight", weight), ("bias", bias)):
-        if given is None and name == "bias":
-            continue
-        base = check_activation(name, given)
-        if base.dtype != h.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {h.dtype}; got {base.dtype}")
-        check_device(name, base, h)
-        check_frozen(name, base)
+    check_frozen_base("hidden", h, weight, bias)
     if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or weight.shape[0] < 1:
         raise ValueError(
             f"hidden must be [N, D] and weight [V, D] with V >= 1; got {list(h.shape)} and {list(weight.shape)}"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vqfast.ops._operator import check_activation, check_device, check_frozen, check_parameter, define
+from vqfast.ops._operator import check_activation, check_device, check_frozen_base, check_parameter, define
 
 MAX_RANK = 64
 
@@ -23,14 +23,7 @@ def check(
 ) -> None:
     """Raises TypeError or ValueError where arguments do not fit; dtypes of x and weight are compared after autocast."""
     rows = check_activation("x", x)
-    for name, given in (("weight", weight), ("bias", bias)):
-        if given is None and name == "bias":
-            continue
-        base = check_activation(name, given)
-        if base.dtype != rows.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {rows.dtype}; got {base.dtype}")
-        check_device(name, base, rows)
-        check_frozen(name, base)
+    check_frozen_base("x", rows, weight, bias)
     if weight.dim() != 2 or rows.dim() < 1 or rows.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [..., K] and weight [N, K]; got {list(rows.shape)} and {list(weight.shape)}")
     outputs, inputs = weight.shape
