@@ -28,5 +28,6 @@ clean:
 .venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch setuptools ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[test,lint]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
+		-e ".[test,lint]"
 	touch $@

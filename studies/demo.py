@@ -240,6 +240,7 @@ def main(
     pictures = figures.draw_all(out, report, examples(model, processor, outcomes), filters, TAPS)
     figures.write_page(out / "report.html", report, pictures)
     figures.print_report(report)
+    print(f"\n{out / 'report.html'}")
 
 
 if __name__ == "__main__":

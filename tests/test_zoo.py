@@ -155,3 +155,13 @@ def test_packed_questions_equal_separate_ones(digits, rows):
         logits_to_keep=gaps - 1,
     ).logits[0]
     torch.testing.assert_close(packed, model(**inputs).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_saved_again_it_loads_with_plain_transformers(tmp_path):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+    model, processor = zoo.load()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path, backend="pil"), LlavaProcessor)
+    LlavaForConditionalGeneration.from_pretrained(tmp_path)

@@ -39,7 +39,7 @@ def tune(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1,
     save_image: Annotated[Path | None, typer.Option(help="Write the filtered image here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; the model's own, or 32.")] = None,
 ) -> None:
     """Answer a question about an image, before and after tuning on it. Runs on a CUDA device if there is one."""
     for package in ("transformers", "PIL", "jinja2"):
@@ -55,6 +55,7 @@ def tune(
     with _expected(ValueError):
         pixels = read_image(image)
     network, processor = _load(model)
+    limit = max_new_tokens or network.generation_config.max_new_tokens or 32
     network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     with _expected(ValueError):
         inputs = processor(images=pixels, text=_prompt(processor, question), return_tensors="pt").to(network.device)
@@ -62,10 +63,10 @@ def tune(
         tuner = vqfast.TestTimeTuner(network, config)
         result = tuner.tune(**inputs)
     sample = result.samples[0]
-    before = after = _answer(network, processor, inputs, sample.token_before, max_new_tokens)
+    before = after = _answer(network, processor, inputs, sample.token_before, limit)
     if sample.tuned or sample.preset != "identity":
         with tuner.applied(result):
-            after = _answer(network, processor, inputs, sample.token_after, max_new_tokens)
+            after = _answer(network, processor, inputs, sample.token_after, limit)
     clipped = None
     if save_image is not None:
         filtered, clipped = result.image()

@@ -19,6 +19,14 @@ def test_render_stretches_the_filtered_image_to_the_full_range():
     assert images.gain[:2].tolist() == [1, 1]
 
 
+def test_a_flat_image_is_not_stretched():
+    half = torch.full((3,), 0.5)
+    flat = torch.full((1, 3, 8, 8), 0.25) + 1e-3 * torch.rand(1, 3, 8, 8)
+    images = render((Preset("stretch", stretch=True),), flat, 7, half, half)
+    assert (images.gain.item(), images.bias.item()) == (1, 0)
+    torch.testing.assert_close(images.pixels, flat)
+
+
 def test_select_takes_the_majority_of_confidence_not_the_single_most_confident():
     def logits(answer, margin):
         z = torch.zeros(6)

@@ -52,7 +52,7 @@ def change(batch: dict, name: str, f) -> dict:
     [
         ("pixel_values", lambda x: x * torch.nan, ValueError, "pixel_values contain NaN or infinite"),
         ("pixel_values", lambda x: x[0], ValueError, r"pixel_values must be \[B, C, H, W\]; got \[3, 32, 32\]"),
-        ("pixel_values", lambda x: x[:2], ValueError, "one row per sample"),
+        ("pixel_values", lambda x: x[:2], ValueError, "one row per sample .one image each."),
         ("pixel_values", lambda x: (x * 9).int(), TypeError, "must be floating point"),
         ("pixel_values", lambda x: x.to("meta"), ValueError, "pixel_values is on meta, the model on cpu"),
         ("pixel_values", lambda x: None, TypeError, "tune needs pixel_values as a tensor"),
@@ -160,7 +160,16 @@ def test_results_of_another_configuration_are_refused(model, batch):
         tuner.tune(**batch)
 
 
+def test_close_inside_the_block_is_refused(model, batch):
+    with TestTimeTuner(model) as tuner:
+        result = tuner.tune(**batch)
+        with tuner.applied(result), pytest.raises(RuntimeError, match="leave the block before closing"):
+            tuner.close()
+
+
 def test_models_that_cannot_be_tuned(model):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got str"):
+        TestTimeTuner("model")
     with TestTimeTuner(model), pytest.raises(ValueError, match="already has a tuner"):
         TestTimeTuner(nn.Sequential(model), normalisation=([0.5] * 3, [0.5] * 3))  # the same tower in a wrapper
     with pytest.raises(ValueError, match="the vision tower is float64"):
@@ -203,11 +212,14 @@ def test_normalisation_comes_from_the_processor_file_the_encoder_or_the_user(mod
         (dict(filter="box"), "filter must be one of 'gaussian', 'lowrank', None; got 'box'"),
         (dict(taps=6), "taps must be odd; got 6. Use 5 or 7"),
         (dict(taps=33), "taps must be an integer of at least 3 and at most 31; got 33"),
-        (dict(rank=9), "rank must be an integer of at least 1 and at most 7; got 9"),
+        (dict(filter="lowrank", rank=9), "rank must be an integer of at least 1 and at most 7; got 9"),
         (dict(lora_rank=0), "lora_rank must be"),
         (dict(steps=0), "steps must be an integer of at least 1; got 0"),
         (dict(lr_lora=-1.0), "lr_lora must be a positive number; got -1"),
         (dict(lr_filter=float("nan")), "lr_filter must be a positive number; got nan"),
+        (dict(lora_alpha="a"), "lora_alpha must be a positive number; got 'a'"),
+        (dict(steps=True), "steps must be an integer"),
+        (dict(guard="no"), "guard must be one of True, False; got 'no'"),
         (dict(lora_targets="q_proj"), "lora_targets must be a tuple"),
         (dict(filter=None, lora_blocks=0), "nothing to tune"),
         (dict(filter=None, candidates="default"), "candidates are filter presets"),

@@ -13,6 +13,7 @@ from vqfast import ops
 from vqfast.nn import MIX_RANGE, SIGMA_MIN, START_SIGMA, gaussian_taps
 
 RANGE_QUANTILES = (0.02, 0.98)
+FLAT_RANGE = 2 / 255  # an image with less has nothing to stretch but rounding errors
 QUANTILE_SAMPLES = 1 << 16  # pixel values a quantile is taken over; an even stride thins out larger images
 
 
@@ -81,12 +82,12 @@ def render(presets: Sequence[Preset], pixels: Tensor, taps: int, mean: Tensor, s
 
 
 def _stretch(images: Tensor) -> tuple[Tensor, Tensor]:
-    """gain and bias, [N], that send the quantiles of each image to 0 and 1."""
+    """gain and bias, [N], that send the quantiles of each image to 0 and 1; 1 and 0 for a flat image."""
     values = images.flatten(1)
     values = values[:, :: -(-values.shape[1] // QUANTILE_SAMPLES)]
     low, high = torch.quantile(values, torch.tensor(RANGE_QUANTILES, device=images.device), dim=1)
-    gain = 1 / (high - low).clamp_min(1e-3)
-    return gain, -low * gain
+    gain = torch.where(high - low > FLAT_RANGE, 1 / (high - low), 1.0)
+    return gain, torch.where(high - low > FLAT_RANGE, -low * gain, 0.0)
 
 
 def select(logits: Tensor, valid: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class TuningConfig:
 
     Args:
         filter: "gaussian" (learnable width and mix), "lowrank" (free taps of rank `rank`) or None.
-        taps: odd filter length in pixels, 3 to 31. rank: of the "lowrank" filter, 1 to 8.
+        taps: odd filter length in pixels, 3 to 31. rank: of the "lowrank" filter, 1 to 8 and at most taps.
         lora_rank, lora_alpha: LoRA on the vision tower; its update is scaled by alpha / rank.
         lora_blocks: LoRA on the first n vision blocks; 0 for none. lora_targets: names of their linear layers.
         objective: "answer_entropy", the entropy of the next-token distribution in nats.
@@ -65,15 +65,20 @@ class TuningConfig:
         _between("taps", self.taps, 3, MAX_TAPS)
         if self.taps % 2 == 0:
             raise ValueError(f"taps must be odd; got {self.taps}. Use {self.taps - 1} or {self.taps + 1}")
-        _between("rank", self.rank, 1, min(MAX_RANK, self.taps))
+        if self.filter == "lowrank":
+            _between("rank", self.rank, 1, min(MAX_RANK, self.taps))
         _between("lora_rank", self.lora_rank, 1, MAX_LORA_RANK)
         for name, least in (("lora_blocks", 0), ("answer_tokens", 1), ("steps", 1)):
             _between(name, getattr(self, name), least, None)
         for name in ("lora_alpha", "lr_filter", "lr_lora"):
             value = getattr(self, name)
-            if not (value is None and name == "lr_filter") and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number; got {value}")
-        if isinstance(self.lora_targets, str) or not self.lora_targets:
+            if value is None and name == "lr_filter":
+                continue
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
+        for name in ("train_tone", "guard"):
+            _one_of(name, getattr(self, name), (True, False))
+        if not isinstance(self.lora_targets, tuple) or not self.lora_targets:
             raise ValueError(f"lora_targets must be a tuple of layer names, as ('q_proj',); got {self.lora_targets!r}")
         if self.filter is None and self.lora_blocks == 0:
             raise ValueError("nothing to tune: filter is None and lora_blocks is 0")
@@ -108,6 +113,6 @@ def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
 
 
 def _between(name: str, value: object, least: int, most: int | None) -> None:
-    if not isinstance(value, int) or value < least or (most is not None and value > most):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         upper = "" if most is None else f" and at most {most}"
         raise ValueError(f"{name} must be an integer of at least {least}{upper}; got {value!r}")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class SampleResult:
     """One sample of the batch. Entropies in nats; confidences are the probability of the most likely first token."""
 
-    entropy_before: float
+    entropy_before: float  # of the untuned answer
+    entropy_start: float  # at the preset that the step started from; the guard compares with this one
     entropy_after: float
     token_before: int
     token_after: int
@@ -89,14 +90,14 @@ class TuningResult:
         return filtered * std[:, None, None] + mean[:, None, None]
 
     def __str__(self) -> str:
-        lines = [f"{'':>3} {'entropy':>15} {'confidence':>15} {'token':>14}  {'start':<18} filter"]
+        lines = [f"{'':>3} {'entropy: untuned, start, now':>30} {'confidence':>15} {'token':>11}  {'start':<18} filter"]
         for i, s in enumerate(self.samples):
+            entropy = f"{s.entropy_before:.3f} -> {s.entropy_start:.3f} -> {s.entropy_after:.3f}"
+            confidence = f"{s.confidence_before:.3f} -> {s.confidence_after:.3f}"
+            token = f"{s.token_before} -> {s.token_after}"
             values = " ".join(f"{name} {value:.2f}" for name, value in s.filter.items())
             note = f"  ({s.note})" if s.note else ""
-            lines.append(
-                f"{i:>3} {s.entropy_before:>6.3f} -> {s.entropy_after:>5.3f} {s.confidence_before:>6.3f} -> "
-                f"{s.confidence_after:>5.3f} {s.token_before:>5} -> {s.token_after:>5}  {s.preset:<18} {values}{note}"
-            )
+            lines.append(f"{i:>3} {entropy:>30} {confidence:>15} {token:>11}  {s.preset:<18} {values}{note}")
         return "\n".join([*lines, "ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in self.timings_ms.items())])
 
 
@@ -118,6 +119,7 @@ def summarise(episode: Episode, state: EpisodeState) -> tuple[list[SampleResult]
     table = torch.stack(
         [
             untuned.entropy,
+            start.entropy,
             torch.where(accepted, answer.entropy, start.entropy),
             before.indices,
             after.indices,
@@ -131,7 +133,7 @@ def summarise(episode: Episode, state: EpisodeState) -> tuple[list[SampleResult]
     ).double()
     samples = []
     for row, preset in zip(table.tolist(), presets, strict=True):
-        h_before, h_after, token_before, token_after, c_before, c_after, tuned, h_answer, *values = row
+        h_before, h_start, h_after, token_before, token_after, c_before, c_after, tuned, h_answer, *values = row
         note = ""
         failed = not math.isfinite(h_answer)
         if failed:
@@ -141,6 +143,7 @@ def summarise(episode: Episode, state: EpisodeState) -> tuple[list[SampleResult]
         samples.append(
             SampleResult(
                 entropy_before=h_before,
+                entropy_start=h_start,
                 entropy_after=h_after,
                 token_before=int(token_before),
                 token_after=int(token_after),

@@ -58,6 +58,8 @@ class TestTimeTuner:
         self, model: nn.Module, config: TuningConfig | None = None, *, normalisation: Normalisation | None = None
     ) -> None:
         self.config = config or TuningConfig()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if any(p.is_inference() for p in model.parameters()):
             raise ValueError("the model was made inside torch.inference_mode(): load it outside, so gradients can pass")
         tower = find_vision_tower(model, self.config.lora_blocks, self.config.lora_targets, normalisation)
@@ -90,7 +92,15 @@ class TestTimeTuner:
         self.close()
 
     def close(self) -> None:
-        """Let go of the model, which is as it was. The tuner cannot be used any more; closing again does nothing."""
+        """Let go of the model, which is as it was. The tuner cannot be used any more; closing again does nothing.
+
+        Raises:
+            RuntimeError: inside `applied`, or while another thread tunes.
+        """
+        if self._busy:
+            raise RuntimeError(
+                "this tuner is in use (inside applied(), or in another thread): leave the block before closing"
+            )
         if self._target is not None:
             del _tuners[self._target[1].module]
         self._target = None
@@ -243,7 +253,7 @@ def _checked(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     if ids.shape[0] != pixels.shape[0] or ids.numel() == 0:
         raise ValueError(
-            "input_ids and pixel_values must have one row per sample and at least one sample; "
+            "input_ids and pixel_values must have one row per sample (one image each) and at least one sample; "
             f"got {list(ids.shape)} and {list(pixels.shape)}"
         )
     for name, value in inputs.items():

@@ -24,3 +24,6 @@ class DigitsProcessor(LlavaProcessor):
                     )
         inputs: BatchFeature = super().__call__(images=images, text=text, **kwargs)
         return inputs
+
+
+DigitsProcessor.__name__ = LlavaProcessor.__name__  # the name save_pretrained writes: one that transformers can load
