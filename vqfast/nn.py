@@ -23,6 +23,10 @@ def gaussian_taps(log_sigma: Tensor, taps: int) -> Tensor:
     return torch.softmax(-0.5 * (position / log_sigma.exp()[..., None]).square(), -1)
 
 
+def _start_sigma(taps: int, sigma: float | None) -> float:
+    return min(START_SIGMA, taps / 3) if sigma is None else sigma
+
+
 class _MixedFilter(nn.Module):
     """y = gain (x + mix (F - x)) + bias on raw pixels x in [0, 1]; a subclass gives the taps of F."""
 
@@ -81,8 +85,7 @@ class GaussianFilter(_MixedFilter):
     def __init__(self, taps: int = 7, *, samples: int | None = None, sigma: float | None = None) -> None:
         super().__init__(samples)
         self.length = taps
-        sigma = min(START_SIGMA, taps / 3) if sigma is None else sigma
-        self.log_sigma = nn.Parameter(torch.full(() if samples is None else (samples,), math.log(sigma)))
+        self.log_sigma = nn.Parameter(torch.full_like(self.mix, math.log(_start_sigma(taps, sigma))))
 
     def taps(self) -> tuple[Tensor, Tensor]:
         row = gaussian_taps(self.log_sigma, self.length)[..., None, :]
@@ -113,11 +116,10 @@ class LowRankFilter(_MixedFilter):
 
     def __init__(self, taps: int = 7, rank: int = 2, *, samples: int | None = None, sigma: float | None = None) -> None:
         super().__init__(samples)
-        sigma = min(START_SIGMA, taps / 3) if sigma is None else sigma
         lead = () if samples is None else (samples,)
         self.taps_y = nn.Parameter(torch.zeros(*lead, rank, taps))
         self.taps_x = nn.Parameter(torch.zeros(*lead, rank, taps))
-        self.set_gaussian_(torch.full(lead, sigma))
+        self.set_gaussian_(torch.full(lead, _start_sigma(taps, sigma)))
 
     def taps(self) -> tuple[Tensor, Tensor]:
         return self.taps_y, self.taps_x

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vqfast import backends
 
-ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what autocast converts
+ACTIVATION_DTYPES = (*AUTOCAST_DTYPES, torch.float64)
 _libraries: list[torch.library.Library] = []  # a Library that is collected takes its definitions with it
 
 
@@ -53,8 +54,7 @@ def autocast_cast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, 
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    cast = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in cast else t for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in AUTOCAST_DTYPES else t for t in tensors)
 
 
 def check_activation(name: str, tensor: object) -> Tensor:

@@ -45,7 +45,7 @@ DEFAULT_PRESETS = (
 )
 """The untouched image and blurs, with the range as it is and stretched. Chosen on validation: docs/tuning.md."""
 
-VOTE_POWER = 4  # on validation any from 3 to 8 is within 1 point; 1 lets weak candidates outvote a sure one
+VOTE_POWER = 4  # 8 does as well on validation; 1 lets weak candidates outvote a sure one (docs/defaults.md)
 
 
 class Candidates(NamedTuple):
@@ -103,7 +103,7 @@ def select(logits: Tensor, valid: Tensor) -> Tensor:
     Returns:
         [B], index of the candidate; 0 where no candidate is finite.
 
-    Source: this project; measured beside lowest entropy in docs/tuning.md.
+    Source: this project; measured beside lowest entropy in docs/defaults.md.
     """
     top = logits.float().topk(2, -1)
     margin = (top.values[..., 0] - top.values[..., 1]).masked_fill(~valid, 0).sum(-1) / valid.sum(-1)  # [P, B]

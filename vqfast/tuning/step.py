@@ -113,7 +113,7 @@ def run(
     """Run one episode from the identity. Leaves the kept parameters in `state` and the model as it was."""
     state.reset()
     presets, untuned = [IDENTITY] * state.samples, None
-    if config.presets:
+    if config.candidates is not None:
         untuned, presets = search(model, tower, config, state, prompt)
         timer.mark("search")
     begin, optimizer = state.snapshot(), state.optimizer()

@@ -160,28 +160,24 @@ class TestTimeTuner:
         if max_new_tokens is not None or generation_config is None:
             options["max_new_tokens"] = 32 if max_new_tokens is None else max_new_tokens
         result, episode = self._run(tensors)
-        with contextlib.ExitStack() as stack:
-            model: Any = stack.enter_context(self._in_use())[0]
-            defaults = generation_config or model.generation_config
-            wide = any(
-                (options.get(name) or getattr(defaults, name, None) or 1) > 1
-                for name in ("num_beams", "num_return_sequences")
-            )
-            cache = None if wide else step.kept_cache(episode)
-            if cache is None:
-                stack.pop_all().close()
-                stack.enter_context(self.applied(result))
-                prompt = tensors
-            else:
-                prompt = {name: tensors[name] for name in ("input_ids", "attention_mask") if name in tensors}
-                if "position_ids" in inspect.signature(model.forward).parameters:
-                    # Those of the tuned forward. generate would count them from the mask, past the padding.
-                    positions = torch.arange(prompt["input_ids"].shape[1], device=prompt["input_ids"].device)
-                    prompt["position_ids"] = tensors.get("position_ids", positions.expand_as(prompt["input_ids"]))
-                options["past_key_values"] = cache
-            stack.enter_context(frozen(model))
-            stack.enter_context(torch.no_grad())
-            return model.generate(**prompt, **options)
+        assert self._target is not None  # _run has checked it
+        model: Any = self._target[0]
+        defaults = generation_config or model.generation_config
+        wide = any(
+            (options.get(name) or getattr(defaults, name, None) or 1) > 1
+            for name in ("num_beams", "num_return_sequences")
+        )
+        cache = None if wide else step.kept_cache(episode)
+        if cache is None:
+            with self.applied(result), frozen(model), torch.no_grad():
+                return model.generate(**tensors, **options)
+        prompt: dict[str, Tensor] = {name: tensors[name] for name in ("input_ids", "attention_mask") if name in tensors}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            # Those of the tuned forward. generate would count them from the mask, past the padding.
+            positions = torch.arange(prompt["input_ids"].shape[1], device=prompt["input_ids"].device)
+            prompt["position_ids"] = tensors.get("position_ids", positions.expand_as(prompt["input_ids"]))
+        with self._in_use(), frozen(model), torch.no_grad():
+            return model.generate(**prompt, past_key_values=cache, **options)
 
     def _run(self, inputs: dict[str, Any]) -> tuple[TuningResult, step.Episode]:
         with (
