@@ -38,6 +38,7 @@ if build == "cpu" or (build == "auto" and shutil.which(compiler)):
                     "-fopenmp-simd",
                     "-Wall",
                     "-Wno-unused-parameter",
+                    "-Wno-psabi",  # vectors are passed to inlined functions only
                     target,
                 ],
             )

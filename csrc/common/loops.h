@@ -1,7 +1,11 @@
-// Loops over fp32 rows, compiled once per instruction set; the loader takes the widest that the processor has.
+// Vectors and loops over fp32 rows. A function marked VQ_MULTIVERSION is compiled once per instruction set, and the
+// loader takes the widest that the processor has; what is marked VQ_INLINE is compiled into each of these.
 #pragma once
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <bit>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VQ_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -9,7 +13,46 @@
 #define VQ_MULTIVERSION
 #endif
 
+#if defined(__GNUC__)
+#define VQ_INLINE inline __attribute__((always_inline))
+#else
+#error "csrc/cpu needs the vector extensions of GCC or Clang"
+#endif
+
 namespace vqfast {
+
+constexpr int64_t kLanes = 16;
+typedef float Vec __attribute__((vector_size(4 * kLanes)));  // one register of AVX-512, two of AVX2, four of SSE
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+
+VQ_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+VQ_INLINE Vec load(const torch::headeronly::BFloat16* p) {  // the upper half of a float
+  typedef uint16_t Half16 __attribute__((vector_size(2 * kLanes)));
+  typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
+  Half16 h;
+  std::memcpy(&h, p, sizeof h);
+  const UintVec u = __builtin_convertvector(h, UintVec) << 16;
+  Vec v;
+  std::memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+VQ_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+VQ_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+VQ_INLINE float horizontal_sum(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t step = kLanes / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
 
 // exp(x) for x <= 0 to about 1 ulp, 0 below -87.3; NaN stays NaN. Branch-free, so that loops over it are vectorised.
 inline float exp_nonpositive(float x) {
