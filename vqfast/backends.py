@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Iterator
@@ -56,12 +57,18 @@ def unavailable(name: str, operator: str, device: str, dtype: torch.dtype) -> st
         return f"backend {name!r} runs on {needs_device} tensors, the input is on {device}"
     if (reason := _native.load()) is not None:
         return reason
-    kernel = f"vqfast_{name}::{operator}_fwd"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, needs_device.upper()):
+    if not _has_kernel(name, operator):
         return f"{operator} has no {name} kernel"
     if dtype not in dtypes:
         return f"backend {name!r} takes {', '.join(map(str, dtypes))}; got {dtype}"
     return None
+
+
+@functools.cache
+def _has_kernel(name: str, operator: str) -> bool:
+    """Whether the loaded library implements `operator` for native backend `name`."""
+    kernel = f"vqfast_{name}::{operator}_fwd"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(kernel, NATIVE[name][0].upper())
 
 
 def choose(operator: str, device: str, dtype: torch.dtype, requested: str | None) -> str:

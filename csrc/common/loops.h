@@ -73,6 +73,9 @@ inline float exp_nonpositive(float x) {
   return x < -87.33654f ? 0.f : p * power;
 }
 
+inline void load_row(const float* source, float* row, int64_t n) { std::memcpy(row, source, n * sizeof(float)); }
+inline void store_row(const float* row, float* target, int64_t n) { std::memcpy(target, row, n * sizeof(float)); }
+
 template <class T>
 inline void load_row(const T* source, float* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = static_cast<float>(source[i]);

@@ -31,8 +31,14 @@ def kernel(backend: str, name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, f"vqfast_{backend}"), name)  # type: ignore[no-any-return]
 
 
-class FirstOrder(torch.autograd.Function):
-    """Runs a backward kernel as a node whose own backward raises: a second derivative is never silently zero."""
+def first_order(run: Callable[..., Any], operator: str, *args: Any) -> Any:
+    """`run(*args)`, a backward kernel; a second derivative through it raises and is never silently zero."""
+    if torch.is_grad_enabled():  # inside a backward: create_graph=True
+        return _FirstOrder.apply(run, operator, *args)
+    return run(*args)
+
+
+class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], operator: str, *args: Any) -> Any:

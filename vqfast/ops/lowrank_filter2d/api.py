@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import FirstOrder, kernel
+from vqfast.ops._operator import first_order, kernel
 from vqfast.ops.lowrank_filter2d import contract, reference
 
 
@@ -70,9 +70,7 @@ class _LowRankFilter2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:-1]
         run = kernel(ctx.backend, "lowrank_filter2d_bwd")
-        image_grad = ctx.needs_input_grad[1]
-        image, *parameters = FirstOrder.apply(
-            run, "lowrank_filter2d", grad, *ctx.saved_tensors, ctx.padding, image_grad
-        )
-        return None, image if image_grad else None, *parameters, None
+        grads = first_order(run, "lowrank_filter2d", grad, *ctx.saved_tensors, ctx.padding, needed[0])
+        return None, *(g if wanted else None for g, wanted in zip(grads, needed, strict=True)), None

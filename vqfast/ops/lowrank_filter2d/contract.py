@@ -15,14 +15,14 @@ MAX_RANK = 8
 
 
 class Arguments(NamedTuple):
-    """What a kernel takes; S is 1 where a parameter is shared by the batch, else B."""
+    """What a kernel takes: checked, shapes as the caller gave them (a view of each would cost more than the filter)."""
 
     image: Tensor  # [B, C, H, W]
-    taps_y: Tensor  # [S, R, k]
-    taps_x: Tensor  # [S, R, k]
-    mix: Tensor  # [S]
-    gain: Tensor  # [S, 1 or C]
-    bias: Tensor  # [S, 1 or C]
+    taps_y: Tensor  # [R, k] or [B, R, k]
+    taps_x: Tensor
+    mix: Tensor  # [] or [B]
+    gain: Tensor | None  # [], [B] or [B, C]
+    bias: Tensor | None
     padding: int
 
 
@@ -61,38 +61,40 @@ def check(
         )
     return Arguments(
         x,
-        y_taps if y_taps.dim() == 3 else y_taps[None],
-        x_taps if x_taps.dim() == 3 else x_taps[None],
+        y_taps,
+        x_taps,
         _scalar_or_batch("mix", mix, x, channels=False),
-        _scalar_or_batch("gain", 1.0 if gain is None else gain, x, channels=True),
-        _scalar_or_batch("bias", 0.0 if bias is None else bias, x, channels=True),
+        None if gain is None else _scalar_or_batch("gain", gain, x, channels=True),
+        None if bias is None else _scalar_or_batch("bias", bias, x, channels=True),
         PADDINGS.index(padding),
     )
 
 
 def _scalar_or_batch(name: str, value: Tensor | float, image: Tensor, *, channels: bool) -> Tensor:
-    """`value` as [1 or B], or as [1 or B, 1 or C] where a value per channel is allowed."""
+    """`value` as a tensor: [] or [B], or also [B, C] where a value per channel is allowed."""
     batch, channel_count = image.shape[:2]
-    shape = (1, 1) if channels else (1,)
     if isinstance(value, (int, float)):
         dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-        return torch.full(shape, value, dtype=dtype, device=image.device)
+        return torch.full((), value, dtype=dtype, device=image.device)
     tensor = check_parameter(name, value, image)
-    if tensor.dim() == 0:
-        return tensor.reshape(shape)
-    if tensor.shape == (batch,):
-        return tensor[:, None] if channels else tensor
-    if channels and tensor.shape == (batch, channel_count):
+    if tensor.dim() == 0 or tensor.shape == (batch,) or (channels and tensor.shape == (batch, channel_count)):
         return tensor
     accepted = f"a scalar or [B] with B = {batch}" + (f" or [B, C] with C = {channel_count}" if channels else "")
     raise ValueError(f"{name} must be {accepted}; got {list(tensor.shape)}")
 
 
 def _fwd(
-    image: Tensor, taps_y: Tensor, taps_x: Tensor, mix: Tensor, gain: Tensor, bias: Tensor, padding: int
+    image: Tensor,
+    taps_y: Tensor,
+    taps_x: Tensor,
+    mix: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    padding: int,
 ) -> Tensor:
     for name, parameter in (("taps_y", taps_y), ("taps_x", taps_x), ("mix", mix), ("gain", gain), ("bias", bias)):
-        check_device(name, parameter, image)
+        if parameter is not None:
+            check_device(name, parameter, image)
     return image.new_empty(image.shape)
 
 
@@ -102,16 +104,19 @@ def _bwd(
     taps_y: Tensor,
     taps_x: Tensor,
     mix: Tensor,
-    gain: Tensor,
-    bias: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
     padding: int,
     image_grad: bool,
 ) -> tuple[Tensor, ...]:
     parameters = (taps_y, taps_x, mix, gain, bias)
-    return image.new_empty(image.shape if image_grad else (0,)), *(p.new_empty(p.shape) for p in parameters)
+    return (
+        image.new_empty(image.shape if image_grad else (0,)),
+        *(mix.new_empty((0,)) if p is None else p.new_empty(p.shape) for p in parameters),
+    )
 
 
-_PARAMETERS = "Tensor image, Tensor taps_y, Tensor taps_x, Tensor mix, Tensor gain, Tensor bias, int padding"
+_PARAMETERS = "Tensor image, Tensor taps_y, Tensor taps_x, Tensor mix, Tensor? gain, Tensor? bias, int padding"
 define(
     "lowrank_filter2d",
     fwd=(f"({_PARAMETERS}) -> Tensor", _fwd),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import FirstOrder, kernel
+from vqfast.ops._operator import first_order, kernel
 from vqfast.ops.softmax_entropy import contract, reference
 
 
@@ -54,4 +54,4 @@ class _SoftmaxEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         run = kernel(ctx.backend, "softmax_entropy_bwd")
-        return FirstOrder.apply(run, "softmax_entropy", grad, *ctx.saved_tensors), None
+        return first_order(run, "softmax_entropy", grad, *ctx.saved_tensors), None
