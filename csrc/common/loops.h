@@ -2,6 +2,7 @@
 // loader takes the widest that the processor has; what is marked VQ_INLINE is compiled into each of these.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <cstdint>
@@ -31,20 +32,55 @@ VQ_INLINE Vec load(const float* p) {
   return v;
 }
 
-VQ_INLINE Vec load(const torch::headeronly::BFloat16* p) {  // the upper half of a float
-  typedef uint16_t Half16 __attribute__((vector_size(2 * kLanes)));
-  typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
-  Half16 h;
+template <class To, class From>
+VQ_INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &v, sizeof v);
+  return result;
+}
+
+VQ_INLINE IntVec load_16_bits(const void* p) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  Halves h;
   std::memcpy(&h, p, sizeof h);
-  const UintVec u = __builtin_convertvector(h, UintVec) << 16;
-  Vec v;
-  std::memcpy(&v, &u, sizeof v);
-  return v;
+  return __builtin_convertvector(h, IntVec);
+}
+
+VQ_INLINE Vec load(const torch::headeronly::BFloat16* p) { return bits<Vec>(load_16_bits(p) << 16); }
+
+VQ_INLINE Vec load(const torch::headeronly::Half* p) {
+  const IntVec h = load_16_bits(p), exponent = h & 0x7c00;
+  const Vec magnitude = bits<Vec>((h & 0x7fff) << 13) * 0x1p112f;  // right for subnormal numbers too
+  const IntVec special = exponent == 0x7c00;                       // infinity, NaN
+  return bits<Vec>(bits<IntVec>(magnitude) | (special & 0x7f800000) | ((h & 0x8000) << 16));
 }
 
 VQ_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// Rounds to nearest, ties to even; NaN stays NaN.
+VQ_INLINE void store(torch::headeronly::BFloat16* p, Vec v) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  const IntVec u = bits<IntVec>(v), rounded = u + 0x7fff + ((u >> 16) & 1);
+  const Halves h = __builtin_convertvector((v == v ? rounded : (u | 0x400000)) >> 16, Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+
+VQ_INLINE void store(torch::headeronly::Half* p, Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<torch::headeronly::Half>(lanes[i]);
+}
+
 VQ_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+VQ_INLINE float horizontal_max(Vec v) {  // NaN is ignored
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t step = kLanes / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
+  return lanes[0];
+}
 
 VQ_INLINE float horizontal_sum(Vec v) {
   float lanes[kLanes];
@@ -54,23 +90,25 @@ VQ_INLINE float horizontal_sum(Vec v) {
   return lanes[0];
 }
 
-// exp(x) for x <= 0 to about 1 ulp, 0 below -87.3; NaN stays NaN. Branch-free, so that loops over it are vectorised.
-inline float exp_nonpositive(float x) {
+constexpr float kExpMin = -87.33654f;  // exp of it is the smallest normal number
+
+// x, or kExpMin where it is smaller, so that 0 exp(-inf) is no NaN.
+VQ_INLINE Vec clamp_exponent(Vec x) { return x < kExpMin ? broadcast(kExpMin) : x; }
+
+// exp(x) for x <= 0 to about 1 ulp, 0 below kExpMin; NaN stays NaN.
+VQ_INLINE Vec exp_nonpositive(Vec exponent) {
   constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  const float clamped = x < -87.33654f ? -87.33654f : x;
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = clamped * kLog2e + magic;
-  const float n = shifted - magic;
-  const float r = (clamped - n * kLn2High) - n * kLn2Low;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec x = clamp_exponent(exponent), shifted = x * kLog2e + kMagic, n = shifted - kMagic;
+  const Vec r = (x - n * kLn2High) - n * kLn2Low;
+  Vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + (127u << 23));  // 2^n
-  return x < -87.33654f ? 0.f : p * power;
+  const Vec power = bits<Vec>((bits<IntVec>(shifted) << 23) + (127 << 23));  // 2^n
+  return exponent < kExpMin ? Vec{} : p * power;
 }
 
 inline void load_row(const float* source, float* row, int64_t n) { std::memcpy(row, source, n * sizeof(float)); }

@@ -11,58 +11,73 @@
 
 #include "common/checks.h"
 #include "common/loops.h"
+#include "common/softmax_sums.h"
 
 namespace vqfast {
 namespace {
 
-constexpr int64_t kChunk = 1024;           // fp32 values of one row held on the stack
-constexpr int64_t kMinTaskSize = 1 << 14;  // elements; below it a second thread costs more than it saves
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
-struct Sums {
-  float weight = 0.f;  // sum_i exp(z_i - max)
-  float moment = 0.f;  // sum_i exp(z_i - max) (z_i - max)
+constexpr int64_t kChunk = 4096;           // classes of one task: read twice, the second time from the nearest cache
+constexpr int64_t kMinTaskSize = 1 << 14;  // classes; below it a second thread costs more than it saves
+
+// Calls body(vector, index) for all of z, then body(vector filled up with -inf, index, count) for a last partial
+// vector.
+template <class T, class Body, class Tail>
+VQ_INLINE void for_vectors(const T* z, int64_t n, Body body, Tail tail) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(load(z + i), i);
+  if (i == n) return;
+  float rest[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) rest[j] = i + j < n ? float(z[i + j]) : -std::numeric_limits<float>::infinity();
+  tail(load(rest), i, n - i);
+}
+
+template <class T>
+VQ_INLINE SoftmaxSums chunk_sums_of(const T* z, int64_t n) {
+  Vec max = broadcast(-std::numeric_limits<float>::infinity());
+  const auto greater = [&](Vec v, int64_t, auto...) { max = v > max ? v : max; };
+  for_vectors(z, n, greater, greater);
+  SoftmaxSums sums;
+  sums.max = horizontal_max(max);
+  const float shift = sums.shift();
+  Vec weight = {}, moment = {};
+  const auto add = [&](Vec v, int64_t, auto...) {
+    const Vec d = v - shift, e = exp_nonpositive(d);
+    weight += e, moment += e * clamp_exponent(d);
+  };
+  for_vectors(z, n, add, add);
+  sums.weight = horizontal_sum(weight), sums.moment = horizontal_sum(moment);
+  return sums;
+}
+
+struct Row {
+  float max, log_sum, entropy, grad;
 };
 
-VQ_MULTIVERSION float row_max(const float* z, int64_t n, float start) {
-  float result = start;
-#pragma omp simd reduction(max : result)
-  for (int64_t i = 0; i < n; ++i) result = z[i] > result ? z[i] : result;
-  return result;
+template <class T>
+VQ_INLINE void chunk_gradient_of(const T* z, T* dz, int64_t n, Row row) {
+  const auto gradient = [&](Vec v) {
+    const Vec log_p = (v - row.max) - row.log_sum;  // never z - lse: it rounds at |lse|
+    return log_p < kExpMin ? Vec{} : -row.grad * exp_nonpositive(log_p) * (log_p + row.entropy);
+  };
+  for_vectors(
+      z, n, [&](Vec v, int64_t i) { store(dz + i, gradient(v)); },
+      [&](Vec v, int64_t i, int64_t count) {
+        T out[kLanes];
+        store(out, gradient(v));
+        std::copy_n(out, count, dz + i);
+      });
 }
 
-VQ_MULTIVERSION Sums row_sums(const float* z, int64_t n, float max) {
-  float weight = 0.f, moment = 0.f;
-#pragma omp simd reduction(+ : weight, moment)
-  for (int64_t i = 0; i < n; ++i) {
-    const float d = z[i] - max, e = exp_nonpositive(d);
-    weight += e;
-    moment += e == 0.f ? 0.f : e * d;
-  }
-  return {weight, moment};
-}
-
-VQ_MULTIVERSION void row_gradient(const float* z, float* dz, int64_t n, float max, float log_sum, float entropy,
-                                  float grad) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float log_p = (z[i] - max) - log_sum, p = exp_nonpositive(log_p);  // never z - lse: it rounds at |lse|
-    dz[i] = p == 0.f ? 0.f : -grad * p * (log_p + entropy);
-  }
-}
-
-// Calls body(values, offset, count) for consecutive fp32 pieces of one row.
-template <class T, class Body>
-void for_chunks(const T* row, int64_t n, Body body) {
-  if constexpr (std::is_same_v<T, float>) {
-    body(row, 0, n);
-  } else {
-    float chunk[kChunk];
-    for (int64_t i = 0; i < n; i += kChunk) {
-      const int64_t count = std::min(kChunk, n - i);
-      load_row(row + i, chunk, count);
-      body(chunk, i, count);
-    }
-  }
+VQ_MULTIVERSION SoftmaxSums chunk_sums(const float* z, int64_t n) { return chunk_sums_of(z, n); }
+VQ_MULTIVERSION SoftmaxSums chunk_sums(const Half* z, int64_t n) { return chunk_sums_of(z, n); }
+VQ_MULTIVERSION SoftmaxSums chunk_sums(const BFloat16* z, int64_t n) { return chunk_sums_of(z, n); }
+VQ_MULTIVERSION void chunk_gradient(const float* z, float* dz, int64_t n, Row row) { chunk_gradient_of(z, dz, n, row); }
+VQ_MULTIVERSION void chunk_gradient(const Half* z, Half* dz, int64_t n, Row row) { chunk_gradient_of(z, dz, n, row); }
+VQ_MULTIVERSION void chunk_gradient(const BFloat16* z, BFloat16* dz, int64_t n, Row row) {
+  chunk_gradient_of(z, dz, n, row);
 }
 
 std::vector<int64_t> leading_shape(const Tensor& logits) {
@@ -74,37 +89,47 @@ void check_logits(const Tensor& logits) {
   STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(-1) >= 1, "logits must be [..., V] with V >= 1");
 }
 
+// Calls body(row, chunk, first class, classes) for every chunk of every row, in parallel: one long row keeps every
+// thread busy, and where a chunk ends depends on the number of classes alone.
+template <class Body>
+void for_chunks(int64_t rows, int64_t classes, Body body) {
+  const int64_t chunks = (classes + kChunk - 1) / kChunk;
+  const int64_t grain = std::max<int64_t>(1, kMinTaskSize / std::min(classes, kChunk));
+  torch::stable::parallel_for(0, rows * chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % chunks * kChunk;
+      body(task / chunks, task, first, std::min(kChunk, classes - first));
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> softmax_entropy_fwd(const Tensor& logits_) {
   check_logits(logits_);
   const Tensor logits = torch::stable::contiguous(logits_);
-  const int64_t classes = logits.size(-1), rows = logits.numel() / classes;
+  const int64_t classes = logits.size(-1), rows = logits.numel() / classes, chunks = (classes + kChunk - 1) / kChunk;
   const auto shape = leading_shape(logits);
   Tensor entropy = torch::stable::new_empty(logits, shape, ScalarType::Float);
   Tensor max_logit = torch::stable::new_empty(logits, shape, ScalarType::Float);
   Tensor log_sum = torch::stable::new_empty(logits, shape, ScalarType::Float);
-  float* entropy_out = entropy.mutable_data_ptr<float>();
-  float* max_out = max_logit.mutable_data_ptr<float>();
-  float* log_sum_out = log_sum.mutable_data_ptr<float>();
+  std::vector<SoftmaxSums> partial(rows * chunks);
   for_activation_dtype(logits, "logits", [&](auto element) {
-    using T = decltype(element);
-    const T* data = logits.const_data_ptr<T>();
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kMinTaskSize / classes), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* z = data + row * classes;
-        float max = -std::numeric_limits<float>::infinity();
-        for_chunks(z, classes, [&](const float* v, int64_t, int64_t n) { max = row_max(v, n, max); });
-        Sums total;
-        for_chunks(z, classes, [&](const float* v, int64_t, int64_t n) {
-          const Sums part = row_sums(v, n, max);
-          total.weight += part.weight;
-          total.moment += part.moment;
-        });
-        max_out[row] = max;
-        log_sum_out[row] = std::log(total.weight);
-        entropy_out[row] = log_sum_out[row] - total.moment / total.weight;
-      }
+    const auto* data = logits.const_data_ptr<decltype(element)>();
+    for_chunks(rows, classes, [&](int64_t row, int64_t task, int64_t first, int64_t n) {
+      partial[task] = chunk_sums(data + row * classes + first, n);
     });
   });
+  for (int64_t row = 0; row < rows; ++row) {
+    const SoftmaxSums* parts = partial.data() + row * chunks;
+    const float max = common_max(parts, chunks);
+    double weight = 0.0, moment = 0.0;
+    for (int64_t i = 0; i < chunks; ++i) {
+      const Rescaled part(parts[i], max);
+      weight += part.weight, moment += part.moment;
+    }
+    max_logit.mutable_data_ptr<float>()[row] = max;
+    log_sum.mutable_data_ptr<float>()[row] = float(std::log(weight));
+    entropy.mutable_data_ptr<float>()[row] = float(std::log(weight) - moment / weight);
+  }
   return {entropy, max_logit, log_sum};
 }
 
@@ -121,27 +146,15 @@ Tensor softmax_entropy_bwd(const Tensor& grad_, const Tensor& logits_, const Ten
     STD_TORCH_CHECK(tensor->numel() == rows, name, " must have one value per row of logits");
   }
   Tensor out = torch::stable::new_empty(logits, logits.sizes());
-  const float* g = grad.const_data_ptr<float>();
-  const float* h = entropy.const_data_ptr<float>();
-  const float* m = max_logit.const_data_ptr<float>();
-  const float* l = log_sum.const_data_ptr<float>();
+  const float *g = grad.const_data_ptr<float>(), *h = entropy.const_data_ptr<float>();
+  const float *m = max_logit.const_data_ptr<float>(), *l = log_sum.const_data_ptr<float>();
   for_activation_dtype(logits, "logits", [&](auto element) {
     using T = decltype(element);
     const T* data = logits.const_data_ptr<T>();
     T* result = out.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kMinTaskSize / classes), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        T* target = result + row * classes;
-        for_chunks(data + row * classes, classes, [&](const float* v, int64_t offset, int64_t n) {
-          if constexpr (std::is_same_v<T, float>) {
-            row_gradient(v, target, n, m[row], l[row], h[row], g[row]);
-          } else {
-            float dz[kChunk];
-            row_gradient(v, dz, n, m[row], l[row], h[row], g[row]);
-            store_row(dz, target + offset, n);
-          }
-        });
-      }
+    for_chunks(rows, classes, [&](int64_t row, int64_t, int64_t first, int64_t n) {
+      const int64_t offset = row * classes + first;
+      chunk_gradient(data + offset, result + offset, n, {m[row], l[row], h[row], g[row]});
     });
   });
   return out;
