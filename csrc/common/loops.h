@@ -90,6 +90,24 @@ VQ_INLINE float horizontal_sum(Vec v) {
   return lanes[0];
 }
 
+// Lane i of the result is the sum of v[i].
+VQ_INLINE Vec horizontal_sums(Vec (&v)[kLanes]) {
+  const IntVec low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  const IntVec low4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+  const IntVec low2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  const IntVec low1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] = __builtin_shuffle(v[i], v[i + 8], low8) + __builtin_shuffle(v[i], v[i + 8], low8 + 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    v[i] = __builtin_shuffle(v[i], v[i + 4], low4) + __builtin_shuffle(v[i], v[i + 4], low4 + 4);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    v[i] = __builtin_shuffle(v[i], v[i + 2], low2) + __builtin_shuffle(v[i], v[i + 2], low2 + 2);
+  return __builtin_shuffle(v[0], v[1], low1) + __builtin_shuffle(v[0], v[1], low1 + 1);
+}
+
 constexpr float kExpMin = -87.33654f;  // exp of it is the smallest normal number
 
 // x, or kExpMin where it is smaller, so that 0 exp(-inf) is no NaN.

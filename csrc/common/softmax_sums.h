@@ -8,26 +8,31 @@ namespace vqfast {
 
 struct SoftmaxSums {
   float max = -std::numeric_limits<float>::infinity();
+  float centre = 0.f;  // what moments are taken about: any number near the mean logit, so that they do not cancel later
   float weight = 0.f;  // sum_i exp(z_i - max)
-  float moment = 0.f;  // sum_i exp(z_i - max) (z_i - max)
+  float moment = 0.f;  // sum_i exp(z_i - max) (z_i - centre)
   // What is taken off z: max, but 0 where every z is -inf, so that -inf - max is no NaN.
   float shift() const { return max == -std::numeric_limits<float>::infinity() ? 0.f : max; }
 };
 
-inline float common_max(const SoftmaxSums* parts, int64_t count) {
-  float max = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < count; ++i) max = parts[i].max > max ? parts[i].max : max;
-  return max;
-}
-
-// A part relative to the maximum of all parts: exp(z - max) = factor exp(z - part.max), z - max = z - part.max + step.
+// A part relative to another maximum, no smaller than its own, and another centre.
 struct Rescaled {
-  double step, factor, weight, moment;
-  Rescaled(const SoftmaxSums& part, float max)
-      : step(part.max == max ? 0.0 : double(part.shift()) - max), factor(std::exp(step)) {
-    weight = factor * part.weight;
-    moment = factor == 0.0 ? part.moment * 0.0 : factor * (part.moment + part.weight * step);
-  }
+  double factor, step, weight, moment;
+  Rescaled(const SoftmaxSums& part, float max, float centre)
+      : factor(part.weight == 0.f ? 0.0
+               : part.max == max  ? 1.0
+                                  : std::exp(double(part.max) - max)),
+        step(double(part.centre) - centre),
+        weight(factor * part.weight),
+        moment(factor == 0.0 ? 0.0 : factor * (part.moment + part.weight * step)) {}
 };
+
+// The part with the largest maximum.
+inline const SoftmaxSums& largest(const SoftmaxSums* parts, int64_t count, int64_t stride = 1) {
+  const SoftmaxSums* found = parts;
+  for (int64_t i = 1; i < count; ++i)
+    if (parts[i * stride].max > found->max) found = parts + i * stride;
+  return *found;
+}
 
 }  // namespace vqfast

@@ -41,7 +41,7 @@ VQ_INLINE SoftmaxSums chunk_sums_of(const T* z, int64_t n) {
   for_vectors(z, n, greater, greater);
   SoftmaxSums sums;
   sums.max = horizontal_max(max);
-  const float shift = sums.shift();
+  const float shift = sums.centre = sums.shift();
   Vec weight = {}, moment = {};
   const auto add = [&](Vec v, int64_t, auto...) {
     const Vec d = v - shift, e = exp_nonpositive(d);
@@ -120,10 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> softmax_entropy_fwd(const Tensor& logits_) {
   });
   for (int64_t row = 0; row < rows; ++row) {
     const SoftmaxSums* parts = partial.data() + row * chunks;
-    const float max = common_max(parts, chunks);
+    const float max = largest(parts, chunks).max;
     double weight = 0.0, moment = 0.0;
     for (int64_t i = 0; i < chunks; ++i) {
-      const Rescaled part(parts[i], max);
+      const Rescaled part(parts[i], max, max);
       weight += part.weight, moment += part.moment;
     }
     max_logit.mutable_data_ptr<float>()[row] = max;

@@ -117,7 +117,8 @@ def test_opcheck(op, case, backend, require_backend):
     require_backend(backend, op.name)
     with Recorder() as recorder:
         run(op, op.inputs(case, torch.float32, requires_grad=True), backend)
-    assert len(recorder.calls) == 2
+    once = op.name == "linear_softmax_entropy"  # its gradient leaves with the value
+    assert len(recorder.calls) == (1 if once else 2)
     for function, args in recorder.calls:
         detached = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
         torch.library.opcheck(function, tuple(detached))

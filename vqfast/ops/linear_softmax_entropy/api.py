@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import autocast_cast, check_activation
+from vqfast.ops._operator import autocast_cast, check_activation, first_order, kernel
 from vqfast.ops.linear_softmax_entropy import contract, reference
 
 
@@ -25,7 +27,9 @@ def linear_softmax_entropy(
 
     Returns:
         [N], float32 (float64 for float64 input). Under autocast hidden, weight and bias are cast as for
-        `torch.nn.functional.linear`; the entropy stays float32. Differentiable in hidden. Deterministic.
+        `torch.nn.functional.linear`; the entropy stays float32. Differentiable in hidden, once (twice on the reference
+        backend). Deterministic. The compiled kernel reads the weight once for value and gradient, keeps at most 8 MB
+        beside its inputs and outputs, and never stores the logits.
 
     Raises:
         TypeError: a dtype outside those above, or hidden and weight of different dtypes.
@@ -37,6 +41,25 @@ def linear_softmax_entropy(
     device = check_activation("hidden", hidden).device.type
     hidden, weight, bias = autocast_cast(device, hidden, weight, bias)  # type: ignore[assignment]
     contract.check(hidden, weight, bias)
-    backends.choose("linear_softmax_entropy", device, hidden.dtype, backend)  # only the reference so far
-    with torch.autocast(device, enabled=False):
-        return reference.linear_softmax_entropy(hidden, weight, bias)
+    chosen = backends.choose("linear_softmax_entropy", device, hidden.dtype, backend)
+    if chosen == "reference":
+        with torch.autocast(device, enabled=False):
+            return reference.linear_softmax_entropy(hidden, weight, bias)
+    return _LinearSoftmaxEntropy.apply(chosen, hidden, weight, bias)  # type: ignore[no-any-return]
+
+
+class _LinearSoftmaxEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        run = kernel(backend, "linear_softmax_entropy_fwd")
+        entropy, hidden_grad = run(hidden, weight, bias, ctx.needs_input_grad[1])
+        ctx.save_for_backward(hidden, hidden_grad)
+        return entropy  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, first_order(_chain, "linear_softmax_entropy", grad, *ctx.saved_tensors), None, None
+
+
+def _chain(grad: Tensor, hidden: Tensor, hidden_grad: Tensor) -> Tensor:
+    return (grad[:, None] * hidden_grad).to(hidden.dtype)

@@ -22,10 +22,12 @@ OPERATOR = OperatorCases(
     function=linear_softmax_entropy,
     activations=frozenset({"hidden", "weight", "bias"}),
     differentiable=("hidden",),
-    kernels=(),
+    kernels=("cpu",),
     cases=(
         _case("one_position", 1, 64, 500),
         _case("positions_bias", 5, 33, 257, bias=True),
+        _case("slices_positions_in_two_passes", 11, 40, 1000, bias=True),
+        _case("width_of_one", 7, 1, 300),
         _case("one_class", 2, 8, 1),
         _case("empty", 0, 8, 10),
     ),

@@ -1,0 +1,84 @@
+"""linear_softmax_entropy against the covariance form, and what an online sum can get wrong."""
+
+import pytest
+import torch
+
+from vqfast import backends, ops
+
+BACKENDS = ("reference", *backends.NATIVE)
+
+
+def value_and_gradient(hidden, weight, bias, backend):
+    hidden = hidden.clone().requires_grad_()
+    entropy = ops.linear_softmax_entropy(hidden, weight, bias, backend=backend)
+    (grad,) = torch.autograd.grad(entropy.sum(), hidden)
+    return entropy.detach(), grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_is_the_negative_covariance_of_logit_and_row(backend, require_backend):
+    require_backend(backend, "linear_softmax_entropy")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*s, generator=generator) for s in ((3, 24), (700, 24), (700,)))
+    entropy, grad = value_and_gradient(hidden, weight, bias, backend)
+    z = hidden.double() @ weight.double().T + bias.double()
+    p = z.softmax(-1)
+    w = weight.double()
+    covariance = torch.einsum("nv,nv,vd->nd", p, z, w) - (p * z).sum(-1, keepdim=True) * (p @ w)
+    torch.testing.assert_close(entropy.double(), torch.distributions.Categorical(logits=z).entropy(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), -covariance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+@pytest.mark.parametrize("spread", [0.01, 5.0, 300.0])
+def test_order_of_the_classes_does_not_matter(order, spread, require_backend):
+    """Rising logits raise the running maximum with every block; falling ones never do."""
+    require_backend("cpu", "linear_softmax_entropy")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6000, 8, generator=generator)
+    hidden = torch.randn(2, 8, generator=generator)
+    bias = torch.linspace(0, spread, 6000)[torch.arange(6000) if order == "rising" else torch.arange(5999, -1, -1)]
+    entropy, grad = value_and_gradient(hidden, weight, bias, "cpu")
+    exact, exact_grad = value_and_gradient(hidden.double(), weight.double(), bias.double(), "reference")
+    torch.testing.assert_close(entropy.double(), exact, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_classes_masked_by_the_bias_do_not_count(backend, require_backend):
+    """Whole blocks and slices of -inf, at the start, in the middle and at the end."""
+    require_backend(backend, "linear_softmax_entropy")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 16, generator=generator), torch.randn(2000, 16, generator=generator)
+    keep = torch.zeros(2000, dtype=torch.bool)
+    keep[700:820] = keep[1500:1503] = True
+    bias = torch.where(keep, -1e4, -torch.inf)
+    entropy, grad = value_and_gradient(hidden, weight, bias, backend)
+    kept, kept_grad = value_and_gradient(hidden, weight[keep], bias[keep], "reference")
+    torch.testing.assert_close(entropy, kept, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(grad, kept_grad, rtol=1e-3, atol=1e-4)
+    assert ops.linear_softmax_entropy(hidden, weight, torch.full((2000,), -torch.inf), backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("row", [0, 17, 1999])
+def test_non_finite_weights_are_not_hidden(bad, row, require_backend):
+    require_backend("cpu", "linear_softmax_entropy")
+    weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    weight[row, 3] = bad
+    assert ops.linear_softmax_entropy(torch.ones(2, 16), weight, backend="cpu").isnan().all()
+
+
+def test_without_gradient_none_is_computed(require_backend):
+    require_backend("cpu", "linear_softmax_entropy")
+    run = torch.ops.vqfast_cpu.linear_softmax_entropy_fwd
+    hidden, weight = torch.randn(3, 20), torch.randn(40, 20)
+    entropy, grad = run(hidden, weight, None, False)
+    assert grad.shape == (0,)
+    torch.testing.assert_close(entropy, run(hidden, weight, None, True)[0], rtol=0, atol=0)
+
+
+def test_a_head_that_learns_is_refused():
+    hidden, weight = torch.randn(2, 8), torch.randn(10, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"weight is frozen .* weight.detach\(\)"):
+        ops.linear_softmax_entropy(hidden, weight)
