@@ -131,7 +131,7 @@ def run(
                 raise ValueError(f"no gradient reaches {unreached[0]}: the model does not call that layer's forward")
             timer.mark("backward")
             for parameter, grad in zip(trained, grads, strict=True):
-                parameter.grad = grad
+                parameter.grad = grad.contiguous()  # the fused optimiser walks parameter and gradient in memory order
             optimizer.step()
             optimizer.zero_grad()
             state.clamp_()

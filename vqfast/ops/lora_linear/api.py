@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import autocast_cast, check_activation
+from vqfast.ops._operator import autocast_cast, check_activation, first_order, kernel
 from vqfast.ops.lora_linear import contract, reference
 
 
@@ -50,6 +52,36 @@ def lora_linear(
     device = check_activation("x", x).device.type
     x, weight, bias = autocast_cast(device, x, weight, bias)  # type: ignore[assignment]
     contract.check(x, weight, bias, lora_a, lora_b, scaling, row_offsets)
-    backends.choose("lora_linear", device, x.dtype, backend)  # only the reference so far; raises for any other
-    with torch.autocast(device, enabled=False):
-        return reference.lora_linear(x, weight, bias, lora_a, lora_b, scaling, row_offsets)
+    chosen = backends.choose("lora_linear", device, x.dtype, backend)
+    if chosen == "reference":
+        with torch.autocast(device, enabled=False):
+            return reference.lora_linear(x, weight, bias, lora_a, lora_b, scaling, row_offsets)
+    return _LoRALinear.apply(chosen, x, weight, bias, lora_a, lora_b, scaling, row_offsets)  # type: ignore[no-any-return]
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        row_offsets: Tensor | None,
+    ) -> Tensor:
+        y, t = kernel(backend, "lora_linear_fwd")(x, weight, bias, lora_a, lora_b, scaling, row_offsets)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, t, row_offsets)
+        ctx.backend, ctx.scaling = backend, scaling
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b, t, row_offsets = ctx.saved_tensors
+        run, x_grad = kernel(ctx.backend, "lora_linear_bwd"), ctx.needs_input_grad[1]
+        dx, da, db = first_order(
+            run, "lora_linear", grad, x, weight, lora_a, lora_b, t, ctx.scaling, row_offsets, x_grad
+        )
+        return None, dx if x_grad else None, None, None, da, db, None, None

@@ -72,7 +72,7 @@ def _fwd(
     row_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     leading = x.shape[:-1]
-    return x.new_empty((*leading, weight.shape[0])), x.new_empty((*leading, lora_a.shape[-2]))
+    return x.new_empty((*leading, weight.shape[0])), x.new_empty((*leading, lora_a.shape[-2]), dtype=torch.float32)
 
 
 def _bwd(

@@ -32,7 +32,7 @@ OPERATOR = OperatorCases(
     function=lora_linear,
     activations=frozenset({"x", "weight", "bias"}),
     differentiable=("x", "lora_a", "lora_b"),
-    kernels=(),
+    kernels=("cpu",),
     cases=(
         _case("tokens", (2, 17), 24, 40, 4),
         _case("rows_no_bias", (5,), 16, 16, 8, bias=False),
@@ -41,6 +41,8 @@ OPERATOR = OperatorCases(
         _case("own", (3, 10), 24, 20, 4, samples=3),
         _case("packed", (12,), 24, 20, 4, samples=3, offsets=(0, 5, 5, 12)),
         _case("packed_one_sample", (4,), 8, 8, 2, samples=1, offsets=(0, 4)),
+        _case("vectors_rank_12", (37,), 96, 144, 12),
+        _case("own_rank_8_vectors", (2, 21), 64, 32, 8, samples=2),
         _case("empty", (0,), 6, 4, 2),
         _case("packed_empty", (0,), 6, 4, 2, samples=2, offsets=(0, 0, 0)),
     ),

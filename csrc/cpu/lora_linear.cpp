@@ -1,0 +1,375 @@
+// Linear layer with a frozen base and a low-rank update, and its gradients. The base products are the vendor's; around
+// them
+//   t = x A^T,   y += s t B^T;        ds = s dy B,   dx += ds A,   dA = ds^T x,   dB = s dy^T t
+// in fp32, for one adapter or one per run of rows (a sample).
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/loops.h"
+
+namespace vqfast {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr int64_t kMinTaskSize = 1 << 15;  // values; below it a second thread costs more than it saves
+constexpr int64_t kMaxRank = 64;
+
+// out[row][rank] = <x[row], factors[rank]> for Count rows of x and Ranks factors, Count * Ranks = kLanes; `filled`
+// values of the last vector exist
+template <int Count, int Ranks, class T>
+VQ_INLINE void shrink_tile(const T* x, int64_t x_stride, const float* factors, int64_t stride, int64_t width,
+                           float* out, int64_t out_stride) {
+  Vec sums[kLanes] = {};
+  for (int64_t d = 0; d < width; d += kLanes) {
+    Vec rows[Count];
+#pragma GCC unroll 16
+    for (int m = 0; m < Count; ++m) rows[m] = load(x + m * x_stride + d);
+#pragma GCC unroll 16
+    for (int r = 0; r < Ranks; ++r) {
+      const Vec factor = load(factors + r * stride + d);
+#pragma GCC unroll 16
+      for (int m = 0; m < Count; ++m) sums[m * Ranks + r] += rows[m] * factor;
+    }
+  }
+  float found[kLanes];
+  store(found, horizontal_sums(sums));
+  for (int m = 0; m < Count; ++m)
+    for (int r = 0; r < Ranks; ++r) out[m * out_stride + r] = found[m * Ranks + r];
+}
+
+// y[row] += sum_r weights[row][r] factors[r] for Count rows and Columns vectors
+template <int Count, int Columns, class T>
+VQ_INLINE void expand_tile(T* y, int64_t y_stride, const float* weights, int64_t rank, const float* factors,
+                           int64_t stride) {
+  Vec sums[Count][Columns] = {};
+  for (int64_t r = 0; r < rank; ++r) {
+    Vec factor[Columns];
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) factor[c] = load(factors + r * stride + c * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < Count; ++m)
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) sums[m][c] += weights[m * rank + r] * factor[c];
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Count; ++m)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) {
+      T* target = y + m * y_stride + c * kLanes;
+      store(target, load(target) + sums[m][c]);
+    }
+}
+
+// sums[r] += sum_m weights[m][r] rows[m] for Ranks sums of Columns vectors, over all rows
+template <int Ranks, int Columns, class T>
+VQ_INLINE void outer_tile(const T* rows, int64_t row_stride, int64_t count, const float* weights, int64_t rank,
+                          float* sums, int64_t stride) {
+  constexpr int64_t kAhead = 16;  // rows lie a page apart, which no hardware prefetcher follows
+  Vec total[Ranks][Columns] = {};
+  for (int64_t m = 0; m < count; ++m) {
+    Vec row[Columns];
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) {
+      row[c] = load(rows + m * row_stride + c * kLanes);
+      __builtin_prefetch(rows + (m + kAhead) * row_stride + c * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Ranks; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) total[r][c] += weights[m * rank + r] * row[c];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Ranks; ++r)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) store(sums + r * stride + c * kLanes, total[r][c]);
+}
+
+// Every T has its own functions: clones for instruction sets are made of functions, not of templates.
+template <class T>
+VQ_INLINE void shrink_of(const T* x, int64_t x_stride, int64_t rows, const float* factors, int64_t stride, int64_t rank,
+                         int64_t width, float* out) {
+  for (int64_t m = 0; m < rows;) {
+    const int64_t count = rows - m >= 4 ? 4 : 1;
+    int64_t r = 0;
+    for (; r + 4 <= rank; r += 4)
+      if (count == 4)
+        shrink_tile<4, 4>(x + m * x_stride, x_stride, factors + r * stride, stride, width, out + m * rank + r, rank);
+      else
+        shrink_tile<1, 4>(x + m * x_stride, x_stride, factors + r * stride, stride, width, out + m * rank + r, rank);
+    for (; r < rank; ++r)
+      for (int64_t i = 0; i < count; ++i)
+        shrink_tile<1, 1>(x + (m + i) * x_stride, x_stride, factors + r * stride, stride, width,
+                          out + (m + i) * rank + r, rank);
+    m += count;
+  }
+}
+
+template <class T>
+VQ_INLINE void expand_of(T* y, int64_t y_stride, int64_t rows, const float* weights, int64_t rank, const float* factors,
+                         int64_t stride, int64_t width) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= width; d += 4 * kLanes)
+      expand_tile<4, 4>(y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d, stride);
+    for (; d < width; d += kLanes)
+      expand_tile<4, 1>(y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d, stride);
+  }
+  for (; m < rows; ++m)
+    for (int64_t d = 0; d < width; d += kLanes)
+      expand_tile<1, 1>(y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d, stride);
+}
+
+template <class T>
+VQ_INLINE void outer_of(const T* rows, int64_t row_stride, int64_t count, const float* weights, int64_t rank,
+                        float* sums, int64_t stride, int64_t width) {
+  for (int64_t d = 0; d < width;) {
+    const int64_t columns = width - d >= 2 * kLanes ? 2 : 1;
+    int64_t r = 0;
+    for (; r + 8 <= rank; r += 8)
+      if (columns == 2)
+        outer_tile<8, 2>(rows + d, row_stride, count, weights + r, rank, sums + r * stride + d, stride);
+      else
+        outer_tile<8, 1>(rows + d, row_stride, count, weights + r, rank, sums + r * stride + d, stride);
+    for (; r < rank; ++r)
+      for (int64_t c = 0; c < columns; ++c)
+        outer_tile<1, 1>(rows + d + c * kLanes, row_stride, count, weights + r, rank,
+                         sums + r * stride + d + c * kLanes, stride);
+    d += columns * kLanes;
+  }
+}
+
+#define VQ_FOR_TYPE(T)                                                                                             \
+  VQ_MULTIVERSION void shrink(const T* x, int64_t x_stride, int64_t rows, const float* factors, int64_t stride,    \
+                              int64_t rank, int64_t width, float* out) {                                           \
+    shrink_of(x, x_stride, rows, factors, stride, rank, width, out);                                               \
+  }                                                                                                                \
+  VQ_MULTIVERSION void expand(T* y, int64_t y_stride, int64_t rows, const float* weights, int64_t rank,            \
+                              const float* factors, int64_t stride, int64_t width) {                               \
+    expand_of(y, y_stride, rows, weights, rank, factors, stride, width);                                           \
+  }                                                                                                                \
+  VQ_MULTIVERSION void outer(const T* rows, int64_t row_stride, int64_t count, const float* weights, int64_t rank, \
+                             float* sums, int64_t stride, int64_t width) {                                         \
+    outer_of(rows, row_stride, count, weights, rank, sums, stride, width);                                         \
+  }
+VQ_FOR_TYPE(float)
+VQ_FOR_TYPE(Half)
+VQ_FOR_TYPE(BFloat16)
+#undef VQ_FOR_TYPE
+
+int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// A matrix [rows, width] whose rows are whole vectors: the tensor itself, or a copy with zeros behind every row.
+template <class T>
+class Rows {
+ public:
+  Rows(T* tensor, int64_t rows, int64_t width)
+      : tensor_(tensor), rows_(rows), width_(width), stride(whole_vectors(width)), data(tensor) {
+    if (stride == width) return;
+    copy_.assign(rows * stride, T(0.f));
+    for (int64_t m = 0; m < rows; ++m) std::copy_n(tensor + m * width, width, copy_.data() + m * stride);
+    data = copy_.data();
+  }
+  Rows(const Rows&) = delete;
+  void write_back() const {
+    if (data != tensor_)
+      for (int64_t m = 0; m < rows_; ++m) std::copy_n(data + m * stride, width_, tensor_ + m * width_);
+  }
+  T* row(int64_t m) const { return data + m * stride; }
+
+ private:
+  T* tensor_;
+  int64_t rows_, width_;
+  std::vector<T> copy_;
+
+ public:
+  int64_t stride;
+  T* data;
+};
+
+// Consecutive rows of one sample.
+struct Run {
+  int64_t sample, begin, end;
+};
+
+// The arguments of forward and backward, checked and contiguous.
+struct Arguments {
+  Tensor x, weight, lora_a, lora_b;
+  int64_t rows, inputs, outputs, rank, samples;
+  float scaling;
+  std::vector<Run> runs;
+
+  Arguments(const Tensor& x_, const Tensor& weight_, const Tensor& lora_a_, const Tensor& lora_b_, double scaling_,
+            const std::optional<Tensor>& row_offsets)
+      : x(torch::stable::contiguous(x_)),
+        weight(weight_),
+        lora_a(torch::stable::contiguous(lora_a_)),
+        lora_b(torch::stable::contiguous(lora_b_)),
+        scaling(float(scaling_)) {
+    STD_TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1),
+                    "x must be [..., K] and weight [N, K]");
+    STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
+    check_float32(lora_a, "lora_a"), check_float32(lora_b, "lora_b");
+    outputs = weight.size(0), inputs = weight.size(1);
+    STD_TORCH_CHECK(lora_a.dim() == 2 || lora_a.dim() == 3, "lora_a must be [r, K] or [B, r, K]");
+    samples = lora_a.dim() == 3 ? lora_a.size(0) : 1, rank = lora_a.size(-2);
+    STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank && lora_a.size(-1) == inputs, "lora_a must be [r, K] or [B, r, K]");
+    STD_TORCH_CHECK(
+        lora_b.dim() == lora_a.dim() && lora_b.numel() == samples * outputs * rank && lora_b.size(-1) == rank,
+        "lora_b must be [N, r] or [B, N, r]");
+    rows = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+    if (row_offsets) {
+      const Tensor offsets = torch::stable::contiguous(*row_offsets);
+      STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.numel() == samples + 1,
+                      "row_offsets must be int32 [B + 1]");
+      const int32_t* at = offsets.const_data_ptr<int32_t>();
+      for (int64_t s = 0; s < samples; ++s) {  // never outside x, whatever the offsets say
+        const int64_t begin = std::clamp<int64_t>(at[s], 0, rows);
+        runs.push_back({s, begin, std::clamp<int64_t>(at[s + 1], begin, rows)});
+      }
+    } else {
+      STD_TORCH_CHECK(samples == 1 || (x.dim() == 3 && x.size(0) == samples), "x must be [B, M, K]");
+      for (int64_t s = 0; s < samples; ++s) runs.push_back({s, s * rows / samples, (s + 1) * rows / samples});
+    }
+  }
+
+  // s B^T of every sample, [samples][r][whole vectors of N].
+  std::vector<float> scaled_b() const {
+    const int64_t stride = whole_vectors(outputs);
+    std::vector<float> result(samples * rank * stride);
+    const float* b = lora_b.const_data_ptr<float>();
+    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s)
+        for (int64_t r = 0; r < rank; ++r)
+          for (int64_t n = 0; n < outputs; ++n)
+            result[(s * rank + r) * stride + n] = scaling * b[(s * outputs + n) * rank + r];
+    });
+    return result;
+  }
+
+  // Calls body(sample, first row, rows) for blocks of rows, in parallel.
+  template <class Body>
+  void for_blocks(Body body) const {
+    constexpr int64_t kBlockRows = 16;
+    std::vector<Run> blocks;
+    for (const Run& run : runs)
+      for (int64_t m = run.begin; m < run.end; m += kBlockRows)
+        blocks.push_back({run.sample, m, std::min(m + kBlockRows, run.end)});
+    const int64_t grain = std::max<int64_t>(1, kMinTaskSize / (kBlockRows * std::max<int64_t>(1, inputs)));
+    torch::stable::parallel_for(0, int64_t(blocks.size()), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(blocks[i].sample, blocks[i].begin, blocks[i].end - blocks[i].begin);
+    });
+  }
+};
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                           const Tensor& lora_a, const Tensor& lora_b, double scaling,
+                                           const std::optional<Tensor>& row_offsets) {
+  const Arguments a(x, weight, lora_a, lora_b, scaling, row_offsets);
+  Tensor y = torch::stable::contiguous(linear(a.x, weight, bias));
+  std::vector<int64_t> shape(a.x.sizes().begin(), a.x.sizes().end());
+  shape.back() = a.rank;
+  Tensor t = torch::stable::new_empty(a.x, shape, ScalarType::Float);
+  float* shrunk = t.mutable_data_ptr<float>();
+  if (row_offsets) std::fill_n(shrunk, a.rows * a.rank, 0.f);  // rows that belong to no sample
+  for_activation_dtype(a.x, "x", [&](auto element) {
+    using T = decltype(element);
+    const Rows<T> in(const_cast<T*>(a.x.template const_data_ptr<T>()), a.rows, a.inputs);
+    const Rows<T> out(y.template mutable_data_ptr<T>(), a.rows, a.outputs);
+    const Rows<float> factors(const_cast<float*>(a.lora_a.const_data_ptr<float>()), a.samples * a.rank, a.inputs);
+    const std::vector<float> b = a.scaled_b();
+    a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
+      shrink(in.row(m), in.stride, rows, factors.row(sample * a.rank), factors.stride, a.rank, in.stride,
+             shrunk + m * a.rank);
+      expand(out.row(m), out.stride, rows, shrunk + m * a.rank, a.rank, &b[sample * a.rank * out.stride], out.stride,
+             out.stride);
+    });
+    out.write_back();
+  });
+  return {y, t};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Tensor& x, const Tensor& weight,
+                                                   const Tensor& lora_a, const Tensor& lora_b, const Tensor& t_,
+                                                   double scaling, const std::optional<Tensor>& row_offsets,
+                                                   bool x_grad) {
+  const Arguments a(x, weight, lora_a, lora_b, scaling, row_offsets);
+  const Tensor grad = torch::stable::contiguous(grad_), t = torch::stable::contiguous(t_);
+  STD_TORCH_CHECK(grad.scalar_type() == a.x.scalar_type() && grad.numel() == a.rows * a.outputs,
+                  "grad must have the shape and dtype of y");
+  check_float32(t, "t");
+  STD_TORCH_CHECK(t.numel() == a.rows * a.rank, "t must be [..., r]");
+  Tensor d_x =
+      x_grad ? torch::stable::contiguous(torch::stable::matmul(grad, weight)) : torch::stable::new_empty(a.x, {0});
+  Tensor d_a = torch::stable::new_empty(a.lora_a, a.lora_a.sizes());
+  Tensor d_b = torch::stable::new_empty(a.lora_b, a.lora_b.sizes());
+  for_activation_dtype(a.x, "x", [&](auto element) {
+    using T = decltype(element);
+    const Rows<T> in(const_cast<T*>(a.x.template const_data_ptr<T>()), a.rows, a.inputs);
+    const Rows<T> dy(const_cast<T*>(grad.const_data_ptr<T>()), a.rows, a.outputs);
+    const Rows<T> dx(x_grad ? d_x.template mutable_data_ptr<T>() : nullptr, x_grad ? a.rows : 0, a.inputs);
+    const Rows<float> factors(const_cast<float*>(a.lora_a.const_data_ptr<float>()), a.samples * a.rank, a.inputs);
+    const std::vector<float> b = a.scaled_b();
+    std::vector<float> ds(a.rows * a.rank);
+    a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
+      float* own = ds.data() + m * a.rank;
+      shrink(dy.row(m), dy.stride, rows, &b[sample * a.rank * dy.stride], dy.stride, a.rank, dy.stride, own);
+      if (x_grad)
+        expand(dx.row(m), dx.stride, rows, own, a.rank, factors.row(sample * a.rank), factors.stride, dx.stride);
+    });
+    if (x_grad) dx.write_back();
+
+    // Every task owns some columns of dA or dB and walks over all rows, so the order of a sum is always the same.
+    const Rows<float> da(d_a.mutable_data_ptr<float>(), a.samples * a.rank, a.inputs);
+    std::vector<float> db(a.samples * a.rank * dy.stride);
+    const float* shrunk = t.const_data_ptr<float>();
+    constexpr int64_t kColumns = 4 * kLanes;
+    const int64_t tasks_a = (in.stride + kColumns - 1) / kColumns,
+                  tasks = tasks_a + (dy.stride + kColumns - 1) / kColumns;
+    torch::stable::parallel_for(0, a.samples * tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const Run run = a.runs[task / tasks];
+        const int64_t first = run.sample * a.rank, count = run.end - run.begin;
+        if (const int64_t d = task % tasks * kColumns; task % tasks < tasks_a)
+          outer(in.row(run.begin) + d, in.stride, count, ds.data() + run.begin * a.rank, a.rank, da.row(first) + d,
+                da.stride, std::min(kColumns, in.stride - d));
+        else
+          outer(dy.row(run.begin) + d - tasks_a * kColumns, dy.stride, count, shrunk + run.begin * a.rank, a.rank,
+                &db[first * dy.stride + d - tasks_a * kColumns], dy.stride,
+                std::min(kColumns, dy.stride - (d - tasks_a * kColumns)));
+      }
+    });
+    da.write_back();
+    float* out = d_b.mutable_data_ptr<float>();
+    for (int64_t s = 0; s < a.samples; ++s)
+      for (int64_t n = 0; n < a.outputs; ++n)
+        for (int64_t r = 0; r < a.rank; ++r)
+          out[(s * a.outputs + n) * a.rank + r] = a.scaling * db[(s * a.rank + r) * dy.stride + n];
+  });
+  return {d_x, d_a, d_b};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vqfast_cpu, CPU, m) {
+  m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd));
+  m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd));
+}
+
+}  // namespace vqfast
