@@ -26,9 +26,7 @@ def check(image: object, gain_y: object, gain_x: object, spectrum: object) -> Ar
     batch, _, height, width = x.shape
     y_gain, x_gain = check_parameter("gain_y", gain_y, x), check_parameter("gain_x", gain_x, x)
     if y_gain.dim() not in (2, 3) or y_gain.shape[-1] != height or (y_gain.dim() == 3 and y_gain.shape[0] != batch):
-        raise ValueError(
-            f"gain_y must be [R, H] or [B, R, H] with B = {batch}, H = {height}; got {list(y_gain.shape)}"
-        )
+        raise ValueError(f"gain_y must be [R, H] or [B, R, H] with B = {batch}, H = {height}; got {list(y_gain.shape)}")
     if x_gain.shape != (*y_gain.shape[:-1], width):
         raise ValueError(
             f"gain_x must be {[*y_gain.shape[:-1], width]}, as gain_y with W = {width}; got {list(x_gain.shape)}"
