@@ -60,8 +60,8 @@ struct Dct {
     };
     for (int64_t i = 0; i < n; ++i) order[i] = int32_t(i % 2 ? n - 1 - i / 2 : i / 2), identity[i] = int32_t(i);
     for (int64_t i = 0; i < 2 * (n / 2 + 1); ++i) turns.push_back(float(std::sqrt(0.5 / double(n)) * circle[i]));
-    for (int64_t rest = n, stride = 1, radix = 4; rest > 1;) {
-      while (rest % radix) radix = radix == 4 ? 2 : radix == 2 ? 3 : radix + 2;
+    for (int64_t rest = n, stride = 1, radix = 8; rest > 1;) {
+      while (rest % radix) radix += radix > 8 ? 2 : radix > 2 ? -1 : 9;  // 8 to 2, then 11 and further odd ones
       Stage stage{radix, rest / radix, stride, {}, {}};
       for (int64_t t = 0; t < radix; ++t) append_conjugate(stage.roots, 4 * n / radix * t);
       for (int64_t j = 0; j < stage.columns; ++j)
@@ -72,18 +72,26 @@ struct Dct {
   }
 };
 
-// x <- its discrete Fourier transform of length P.
-template <int P>
+// x <- its discrete Fourier transform of length P, with exp(-2 pi i / P) = roots[step].
+template <int P, int step = 1>
 VQ_INLINE void butterfly(Point (&x)[P], const float* roots) {
-  if constexpr (P == 2) {
-    const Point a = x[0] + x[1];
-    x[1] = x[0] - x[1], x[0] = a;
-  } else if constexpr (P == 4) {
+  constexpr int kHalf = P / 2;
+  if constexpr (P == 1) return;
+  if constexpr (P == 4) {
     const Point a = x[0] + x[2], b = x[0] - x[2], c = x[1] + x[3], d = x[1] - x[3];
     x[0] = a + c, x[2] = a - c;
     x[1] = {b.re + d.im, b.im - d.re}, x[3] = {b.re - d.im, b.im + d.re};
+  } else if constexpr (P % 2 == 0) {
+    Point even[kHalf], odd[kHalf];
+#pragma GCC unroll 8
+    for (int t = 0; t < kHalf; ++t) even[t] = x[2 * t], odd[t] = x[2 * t + 1];
+    butterfly<kHalf, 2 * step>(even, roots), butterfly<kHalf, 2 * step>(odd, roots);
+#pragma GCC unroll 8
+    for (int t = 0; t < kHalf; ++t) {
+      const Point moved = t == 0 ? odd[0] : turned(odd[t], roots + 2 * step * t);
+      x[t] = even[t] + moved, x[t + kHalf] = even[t] - moved;
+    }
   } else {
-    constexpr int kHalf = P / 2;
     const Point first = x[0];
     Point sum[kHalf + 1], difference[kHalf + 1];
 #pragma GCC unroll 8
@@ -96,8 +104,9 @@ VQ_INLINE void butterfly(Point (&x)[P], const float* roots) {
       Point even = first, odd = {};
 #pragma GCC unroll 8
       for (int u = 1; u <= kHalf; ++u) {
-        even = even + roots[t * u % P * 2] * sum[u];
-        odd = odd + roots[t * u % P * 2 + 1] * difference[u];
+        const float* root = roots + 2 * step * (t * u % P);
+        even = even + root[0] * sum[u];
+        odd = odd + root[1] * difference[u];
       }
       x[t] = {even.re - odd.im, even.im + odd.re}, x[P - t] = {even.re + odd.im, even.im - odd.re};
     }
@@ -123,6 +132,7 @@ VQ_INLINE void stage(const Dct::Stage& s, const Point* in, Point* out) {
 
 // The same for any odd radix p, in O(p^2); scratch holds p points.
 VQ_INLINE void odd_stage(const Dct::Stage& s, const Point* in, Point* out, Point* scratch) {
+  constexpr int64_t kTogether = 4;  // results that share a pass over sum and difference
   const int64_t p = s.radix, half = p / 2;
   Point *sum = scratch, *difference = scratch + half;
   for (int64_t j = 0; j < s.columns; ++j)
@@ -137,16 +147,23 @@ VQ_INLINE void odd_stage(const Dct::Stage& s, const Point* in, Point* out, Point
         total = total + sum[u - 1];
       }
       target[0] = total;
-      for (int64_t t = 1; t <= half; ++t) {
-        Point even = first, odd = {};
-        for (int64_t u = 0, k = t; u < half; ++u) {
-          even = even + s.roots[2 * k] * sum[u];
-          odd = odd + s.roots[2 * k + 1] * difference[u];
-          k = k + t < p ? k + t : k + t - p;
+      for (int64_t t = 1; t <= half; t += kTogether) {
+        Point even[kTogether], odd[kTogether] = {};
+        int64_t k[kTogether];
+        for (int64_t i = 0; i < kTogether; ++i) even[i] = first, k[i] = t + i;
+        for (int64_t u = 0; u < half; ++u)
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < kTogether; ++i) {
+            even[i] = even[i] + s.roots[2 * k[i]] * sum[u];
+            odd[i] = odd[i] + s.roots[2 * k[i] + 1] * difference[u];
+            k[i] += k[i] + t + i < p ? t + i : t + i - p;
+          }
+        for (int64_t i = 0; i < kTogether && t + i <= half; ++i) {
+          const float* low = s.twiddles.data() + 2 * (j * (p - 1) + t + i - 1);
+          const float* high = low + 2 * (p - 2 * (t + i));
+          target[s.stride * (t + i)] = turned({even[i].re - odd[i].im, even[i].im + odd[i].re}, low);
+          target[s.stride * (p - t - i)] = turned({even[i].re + odd[i].im, even[i].im - odd[i].re}, high);
         }
-        const float *low = s.twiddles.data() + 2 * (j * (p - 1) + t - 1), *high = low + 2 * (p - 2 * t);
-        target[s.stride * t] = turned({even.re - odd.im, even.im + odd.re}, low);
-        target[s.stride * (p - t)] = turned({even.re + odd.im, even.im - odd.re}, high);
       }
     }
 }
@@ -159,7 +176,9 @@ VQ_MULTIVERSION Point* fourier(const Dct& dct, Point* z, Point* other, Point* sc
       case 3: stage<3>(s, z, other); break;
       case 4: stage<4>(s, z, other); break;
       case 5: stage<5>(s, z, other); break;
+      case 6: stage<6>(s, z, other); break;
       case 7: stage<7>(s, z, other); break;
+      case 8: stage<8>(s, z, other); break;
       default: odd_stage(s, z, other, scratch);
     }
     std::swap(z, other);
