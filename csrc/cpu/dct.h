@@ -239,15 +239,16 @@ VQ_MULTIVERSION void load_rows(const float* const* rows, int64_t n, const int32_
   for (int64_t start = 0; start < n; start += kLanes) {  // a cache line of each row
     const int64_t stop = start + kLanes < n ? start + kLanes : n;
     for (int64_t line = 0; line < kLines; line += 4) {
+      const float* const four[4] = {rows[line], rows[line + 1], rows[line + 2], rows[line + 3]};
       int64_t i = start;
       for (; i + 4 <= stop; i += 4) {
         Quad q[4];
-        for (int64_t t = 0; t < 4; ++t) std::memcpy(&q[t], rows[line + t] + i, sizeof(Quad));
+        for (int64_t t = 0; t < 4; ++t) std::memcpy(&q[t], four[t] + i, sizeof(Quad));
         transpose(q);
         for (int64_t t = 0; t < 4; ++t) std::memcpy(lines(z + order[i + t]) + line, &q[t], sizeof(Quad));
       }
       for (; i < stop; ++i)
-        for (int64_t t = 0; t < 4; ++t) lines(z + order[i])[line + t] = rows[line + t][i];
+        for (int64_t t = 0; t < 4; ++t) lines(z + order[i])[line + t] = four[t][i];
     }
   }
 }
@@ -257,15 +258,16 @@ VQ_MULTIVERSION void store_rows(const Point* z, int64_t n, const int32_t* order,
   for (int64_t start = 0; start < n; start += kLanes) {
     const int64_t stop = start + kLanes < n ? start + kLanes : n;
     for (int64_t line = 0; line < kLines; line += 4) {
+      float* const four[4] = {rows[line], rows[line + 1], rows[line + 2], rows[line + 3]};
       int64_t i = start;
       for (; i + 4 <= stop; i += 4) {
         Quad q[4];
         for (int64_t t = 0; t < 4; ++t) std::memcpy(&q[t], lines(z + order[i + t]) + line, sizeof(Quad));
         transpose(q);
-        for (int64_t t = 0; t < 4; ++t) std::memcpy(rows[line + t] + i, &q[t], sizeof(Quad));
+        for (int64_t t = 0; t < 4; ++t) std::memcpy(four[t] + i, &q[t], sizeof(Quad));
       }
       for (; i < stop; ++i)
-        for (int64_t t = 0; t < 4; ++t) rows[line + t][i] = lines(z + order[i])[line + t];
+        for (int64_t t = 0; t < 4; ++t) four[t][i] = lines(z + order[i])[line + t];
     }
   }
 }

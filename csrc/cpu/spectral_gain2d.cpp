@@ -39,13 +39,22 @@ VQ_MULTIVERSION void accumulate_columns(const Point* g, const float* corner, int
 // da[r, i] = <product[i], b[r]>,  db[r] = sum_i a[r, i] product[i].
 VQ_MULTIVERSION void contract_columns(const Point* product, int64_t n, const float* a, const Point* b, int64_t rank,
                                       float* da, Point* db) {
-  for (int64_t r = 0; r < rank; ++r) {
-    Point sum = {};
-    for (int64_t i = 0; i < n; ++i) {
-      sum = sum + a[r * n + i] * product[i];
-      da[r * n + i] = horizontal_sum(product[i].re * b[r].re + product[i].im * b[r].im);
+  std::fill_n(db, rank, Point{});
+  for (int64_t i = 0; i < n; i += 4) {
+    const int64_t rows = n - i < 4 ? n - i : 4;
+    for (int64_t r = 0; r < rank; ++r) {
+      Quad quads[4] = {};
+      for (int64_t t = 0; t < rows; ++t) {
+        db[r] = db[r] + a[r * n + i + t] * product[i + t];
+        const Vec v = product[i + t].re * b[r].re + product[i + t].im * b[r].im;
+        Quad parts[4];
+        std::memcpy(parts, &v, sizeof v);
+        quads[t] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+      }
+      transpose(quads);
+      const Quad sums = (quads[0] + quads[1]) + (quads[2] + quads[3]);
+      std::memcpy(da + r * n + i, &sums, sizeof(float) * rows);
     }
-    db[r] = sum;
   }
 }
 
