@@ -26,11 +26,11 @@ namespace {
 
 VQ_INLINE Point operator+(const Point& a, const Point& b) { return {a.re + b.re, a.im + b.im}; }
 VQ_INLINE Point operator-(const Point& a, const Point& b) { return {a.re - b.re, a.im - b.im}; }
-VQ_INLINE Point operator*(float a, const Point& b) { return {a * b.re, a * b.im}; }
+VQ_INLINE Point operator*(Vec a, const Point& b) { return {a * b.re, a * b.im}; }
+VQ_INLINE Point operator*(float a, const Point& b) { return broadcast(a) * b; }
 VQ_INLINE Point operator*(const Point& a, const Point& b) { return {a.re * b.re, a.im * b.im}; }  // of real lines
-VQ_INLINE Point turned(const Point& a, const float* w) {                                          // complex a w
-  return {a.re * w[0] - a.im * w[1], a.re * w[1] + a.im * w[0]};
-}
+VQ_INLINE Point turned(const Point& a, Vec re, Vec im) { return {a.re * re - a.im * im, a.re * im + a.im * re}; }
+VQ_INLINE Point turned(const Point& a, const float* w) { return turned(a, broadcast(w[0]), broadcast(w[1])); }
 
 // What depends on the length of the lines only.
 struct Dct {
@@ -190,7 +190,7 @@ VQ_MULTIVERSION Point* fourier(const Dct& dct, Point* z, Point* other, Point* sc
 VQ_MULTIVERSION void untangle(const Dct& dct, const Point* z, Point* spectrum) {
   spectrum[0] = float(std::sqrt(1.0 / double(dct.n))) * z[0];
   for (int64_t k = 1; k <= dct.n / 2; ++k) {
-    const float c = dct.turns[2 * k], s = dct.turns[2 * k + 1];
+    const Vec c = broadcast(dct.turns[2 * k]), s = broadcast(dct.turns[2 * k + 1]);
     const Point sum = z[k] + z[dct.n - k], difference = z[k] - z[dct.n - k];
     spectrum[k] = {c * sum.re + s * difference.im, c * sum.im - s * difference.re};
     spectrum[dct.n - k] = {s * sum.re - c * difference.im, s * sum.im + c * difference.re};
@@ -201,10 +201,10 @@ VQ_MULTIVERSION void untangle(const Dct& dct, const Point* z, Point* spectrum) {
 VQ_MULTIVERSION void tangle(const Dct& dct, const Point* spectrum, Point* z) {
   z[0] = float(std::sqrt(1.0 / double(dct.n))) * spectrum[0];
   for (int64_t k = 1; k <= dct.n / 2; ++k) {
-    const float turn[2] = {dct.turns[2 * k], dct.turns[2 * k + 1]}, back[2] = {turn[1], turn[0]};
+    const Vec c = broadcast(dct.turns[2 * k]), s = broadcast(dct.turns[2 * k + 1]);
     const Point a = spectrum[k], b = spectrum[dct.n - k];
-    z[dct.n - k] = turned({a.re + b.im, a.im - b.re}, turn);
-    z[k] = turned({b.re + a.im, b.im - a.re}, back);
+    z[dct.n - k] = turned({a.re + b.im, a.im - b.re}, c, s);
+    z[k] = turned({b.re + a.im, b.im - a.re}, s, c);
   }
 }
 
