@@ -160,7 +160,7 @@ class SpectralGain(nn.Module):
         self.gain_x = nn.Parameter(start.expand(*lead, -1, -1).clone())
 
     def forward(self, image: Tensor, spectrum: Tensor | None = None) -> Tensor:
-        """Filter `image` [B, C, H, W]; `spectrum`: `ops.dct2(image)`, where the image stays constant over many calls."""
+        """Filter `image` [B, C, H, W]; `spectrum`: `ops.dct2(image)`, if the image stays constant over many calls."""
         height, width = image.shape[-2:]
         gain_y, gain_x = _interpolated(self.gain_y, height), _interpolated(self.gain_x, width)
         return ops.spectral_gain2d(image, gain_y, gain_x, spectrum=spectrum)

@@ -44,12 +44,7 @@ VQ_INLINE Vec load(const torch::headeronly::BFloat16* p) {  // the upper half of
 
 VQ_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-VQ_INLINE Vec
-broadcast(float x) {  // neither x - Vec{} nor x * v: where registers are narrower, GCC builds Vec by element
-  float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = x;
-  return load(lanes);
-}
+VQ_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 VQ_INLINE float horizontal_sum(Vec v) {
   float lanes[kLanes];

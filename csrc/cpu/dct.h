@@ -1,8 +1,8 @@
-// Orthonormal DCT-II of 32 lines at once, and its inverse, for every length.
+// Orthonormal DCT-II of 16 lines at once, and its inverse, for every length.
 //   X_k = s_k sum_n x_n cos(pi (2n + 1) k / 2N),  s_0 = sqrt(1 / N), s_k = sqrt(2 / N)
 // In the order v = x_0 x_2 x_4 ... x_5 x_3 x_1 the cosine transform is the Fourier transform V, turned:
 //   X_k = s_k Re(exp(-i pi k / 2N) V_k)  (Makhoul 1980)
-// Two real lines travel as one complex line, and each of 16 lanes carries one: no step mixes lanes. Cost is O(N log N)
+// Two real lines travel as one complex line, and each of 8 lanes carries one: no step mixes lanes. Cost is O(N log N)
 // where N has small factors, O(N p) for its largest prime factor p in general.
 #pragma once
 #include <cmath>
@@ -15,22 +15,33 @@
 
 namespace vqfast {
 
-constexpr int64_t kLines = 2 * kLanes;  // lines of one block
+constexpr int64_t kLines = 16;                              // real lines of one block
+typedef float HalfVec __attribute__((vector_size(4 * 8)));  // GCC would keep whole ones of AVX2 in memory
 
-// One point of 16 complex lines, or of 32 real ones: lines 0 to 15 in re, the others in im.
-struct alignas(4 * kLanes) Point {  // said, as Vec is aligned to less where registers are narrower
-  Vec re, im;
+// One point of 8 complex lines, or of 16 real ones: lines 0 to 7 in re, the others in im. Aligned in every clone alike.
+struct alignas(4 * kLines) Point {
+  HalfVec re, im;
 };
 
 namespace {
 
+VQ_INLINE HalfVec spread(float x) {  // GCC builds x * v by element where there is no register for it
+  float lanes[8];
+  for (float& lane : lanes) lane = x;
+  HalfVec v;
+  std::memcpy(&v, lanes, sizeof v);
+  return v;
+}
+
 VQ_INLINE Point operator+(const Point& a, const Point& b) { return {a.re + b.re, a.im + b.im}; }
 VQ_INLINE Point operator-(const Point& a, const Point& b) { return {a.re - b.re, a.im - b.im}; }
-VQ_INLINE Point operator*(Vec a, const Point& b) { return {a * b.re, a * b.im}; }
-VQ_INLINE Point operator*(float a, const Point& b) { return broadcast(a) * b; }
-VQ_INLINE Point operator*(const Point& a, const Point& b) { return {a.re * b.re, a.im * b.im}; }  // of real lines
-VQ_INLINE Point turned(const Point& a, Vec re, Vec im) { return {a.re * re - a.im * im, a.re * im + a.im * re}; }
-VQ_INLINE Point turned(const Point& a, const float* w) { return turned(a, broadcast(w[0]), broadcast(w[1])); }
+VQ_INLINE Point operator*(HalfVec a, const Point& b) { return {a * b.re, a * b.im}; }
+VQ_INLINE Point operator*(float a, const Point& b) { return spread(a) * b; }
+VQ_INLINE Point operator*(const Point& a, const Point& b) { return {a.re * b.re, a.im * b.im}; }  // by line
+VQ_INLINE Point turned(const Point& a, HalfVec re, HalfVec im) {
+  return {a.re * re - a.im * im, a.re * im + a.im * re};
+}
+VQ_INLINE Point turned(const Point& a, const float* w) { return turned(a, spread(w[0]), spread(w[1])); }
 
 // What depends on the length of the lines only.
 struct Dct {
@@ -132,7 +143,7 @@ VQ_INLINE void stage(const Dct::Stage& s, const Point* in, Point* out) {
 
 // The same for any odd radix p, in O(p^2); scratch holds p points.
 VQ_INLINE void odd_stage(const Dct::Stage& s, const Point* in, Point* out, Point* scratch) {
-  constexpr int64_t kTogether = 4;  // results that share a pass over sum and difference
+  constexpr int64_t kTogether = 3;  // pairs of results that share a pass over sum and difference, within 16 registers
   const int64_t p = s.radix, half = p / 2;
   Point *sum = scratch, *difference = scratch + half;
   for (int64_t j = 0; j < s.columns; ++j)
@@ -168,7 +179,7 @@ VQ_INLINE void odd_stage(const Dct::Stage& s, const Point* in, Point* out, Point
     }
 }
 
-// Fourier transform of the 16 complex lines in z. Returns where it lies, z or other; both are overwritten.
+// Fourier transform of the 8 complex lines in z. Returns where it lies, z or other; both are overwritten.
 VQ_MULTIVERSION Point* fourier(const Dct& dct, Point* z, Point* other, Point* scratch) {
   for (const Dct::Stage& s : dct.stages) {
     switch (s.radix) {
@@ -186,11 +197,11 @@ VQ_MULTIVERSION Point* fourier(const Dct& dct, Point* z, Point* other, Point* sc
   return z;
 }
 
-// DCT coefficients of 32 real lines from the Fourier transform z of their complex pairs in the order v.
+// DCT coefficients of 16 real lines from the Fourier transform z of their complex pairs in the order v.
 VQ_MULTIVERSION void untangle(const Dct& dct, const Point* z, Point* spectrum) {
   spectrum[0] = float(std::sqrt(1.0 / double(dct.n))) * z[0];
   for (int64_t k = 1; k <= dct.n / 2; ++k) {
-    const Vec c = broadcast(dct.turns[2 * k]), s = broadcast(dct.turns[2 * k + 1]);
+    const HalfVec c = spread(dct.turns[2 * k]), s = spread(dct.turns[2 * k + 1]);
     const Point sum = z[k] + z[dct.n - k], difference = z[k] - z[dct.n - k];
     spectrum[k] = {c * sum.re + s * difference.im, c * sum.im - s * difference.re};
     spectrum[dct.n - k] = {s * sum.re - c * difference.im, s * sum.im + c * difference.re};
@@ -201,14 +212,14 @@ VQ_MULTIVERSION void untangle(const Dct& dct, const Point* z, Point* spectrum) {
 VQ_MULTIVERSION void tangle(const Dct& dct, const Point* spectrum, Point* z) {
   z[0] = float(std::sqrt(1.0 / double(dct.n))) * spectrum[0];
   for (int64_t k = 1; k <= dct.n / 2; ++k) {
-    const Vec c = broadcast(dct.turns[2 * k]), s = broadcast(dct.turns[2 * k + 1]);
+    const HalfVec c = spread(dct.turns[2 * k]), s = spread(dct.turns[2 * k + 1]);
     const Point a = spectrum[k], b = spectrum[dct.n - k];
     z[dct.n - k] = turned({a.re + b.im, a.im - b.re}, c, s);
     z[k] = turned({b.re + a.im, b.im - a.re}, s, c);
   }
 }
 
-// DCT-II of the 32 real lines that were loaded to z in Dct::order. Returns where the coefficients lie, z or other.
+// DCT-II of the 16 real lines that were loaded to z in Dct::order. Returns where the coefficients lie, z or other.
 VQ_INLINE Point* forward_lines(const Dct& dct, Point* z, Point* other, Point* scratch) {
   Point* v = fourier(dct, z, other, scratch);
   Point* spectrum = v == z ? other : z;
@@ -234,10 +245,10 @@ VQ_INLINE void transpose(Quad (&q)[4]) {
 VQ_INLINE float* lines(Point* p) { return reinterpret_cast<float*>(p); }
 VQ_INLINE const float* lines(const Point* p) { return reinterpret_cast<const float*>(p); }
 
-// z[order[i]] <- the i-th values of 32 rows.
+// z[order[i]] <- the i-th values of 16 rows.
 VQ_MULTIVERSION void load_rows(const float* const* rows, int64_t n, const int32_t* order, Point* z) {
-  for (int64_t start = 0; start < n; start += kLanes) {  // a cache line of each row
-    const int64_t stop = start + kLanes < n ? start + kLanes : n;
+  for (int64_t start = 0; start < n; start += kLines) {  // a cache line of each row
+    const int64_t stop = start + kLines < n ? start + kLines : n;
     for (int64_t line = 0; line < kLines; line += 4) {
       const float* const four[4] = {rows[line], rows[line + 1], rows[line + 2], rows[line + 3]};
       int64_t i = start;
@@ -253,10 +264,10 @@ VQ_MULTIVERSION void load_rows(const float* const* rows, int64_t n, const int32_
   }
 }
 
-// The i-th values of 32 rows <- z[order[i]].
+// The i-th values of 16 rows <- z[order[i]].
 VQ_MULTIVERSION void store_rows(const Point* z, int64_t n, const int32_t* order, float* const* rows) {
-  for (int64_t start = 0; start < n; start += kLanes) {
-    const int64_t stop = start + kLanes < n ? start + kLanes : n;
+  for (int64_t start = 0; start < n; start += kLines) {
+    const int64_t stop = start + kLines < n ? start + kLines : n;
     for (int64_t line = 0; line < kLines; line += 4) {
       float* const four[4] = {rows[line], rows[line + 1], rows[line + 2], rows[line + 3]};
       int64_t i = start;
@@ -272,7 +283,7 @@ VQ_MULTIVERSION void store_rows(const Point* z, int64_t n, const int32_t* order,
   }
 }
 
-// Up to 32 adjacent values as a point; the lines beyond count are 0.
+// Up to 16 adjacent values as a point; the lines beyond count are 0.
 VQ_INLINE Point load_point(const float* values, int64_t count) {
   Point p = {};
   if (count >= kLines)

@@ -1,7 +1,7 @@
 // Low-rank gain on the DCT spectrum of every channel, and its gradients.
 //   X = C_H x C_W^T,  M = 1 + sum_r a_r b_r^T,  y = C_H^T (M o X) C_W  (o: elementwise)
 //   G = C_H g C_W^T,  dM = sum over channels of G o X,  da_r = dM b_r,  db_r = dM^T a_r,  dx = C_H^T (M o G) C_W
-// A transform is a pass over blocks of 32 rows and one over blocks of 32 columns. Gain and gradients are part of the
+// A transform is a pass over blocks of 16 rows and one over blocks of 16 columns. Gain and gradients are part of the
 // latter: neither M nor dM is ever held for a whole image.
 #include <torch/csrc/stable/library.h>
 
@@ -24,7 +24,7 @@ constexpr int64_t kMinTaskPixels = 1 << 13;  // below it a second thread costs m
 VQ_MULTIVERSION void load_gained_columns(const float* corner, int64_t stride, int64_t count, int64_t n, const float* a,
                                          const Point* b, int64_t rank, Point* z) {
   for (int64_t i = 0; i < n; ++i) {
-    Point gain = {broadcast(1.f), broadcast(1.f)};
+    Point gain = {spread(1.f), spread(1.f)};
     for (int64_t r = 0; r < rank; ++r) gain = gain + a[r * n + i] * b[r];
     z[i] = gain * load_point(corner + i * stride, count);
   }
@@ -46,10 +46,10 @@ VQ_MULTIVERSION void contract_columns(const Point* product, int64_t n, const flo
       Quad quads[4] = {};
       for (int64_t t = 0; t < rows; ++t) {
         db[r] = db[r] + a[r * n + i + t] * product[i + t];
-        const Vec v = product[i + t].re * b[r].re + product[i + t].im * b[r].im;
-        Quad parts[4];
+        const HalfVec v = product[i + t].re * b[r].re + product[i + t].im * b[r].im;
+        Quad parts[2];
         std::memcpy(parts, &v, sizeof v);
-        quads[t] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+        quads[t] = parts[0] + parts[1];
       }
       transpose(quads);
       const Quad sums = (quads[0] + quads[1]) + (quads[2] + quads[3]);
@@ -93,15 +93,17 @@ struct Planes {
                                 });
   }
 
-  // Transforms every row of `in` to one of `out`, which may be the same memory.
+  // Transforms every row of `in` to one of `out`, which may be the same memory. A block is of one plane: lines travel
+  // in pairs, and what is not finite in one may not reach another sample.
   template <class In, class Out, class Transform>
   void for_rows(const In* in, Out* out, const int32_t* load_order, const int32_t* store_order,
                 Transform transform) const {
-    const int64_t rows = batch * channels * height;
-    for_tasks((rows + kLines - 1) / kLines, kLines * width, [&](int64_t task) {
+    const int64_t row_blocks = (height + kLines - 1) / kLines;
+    for_tasks(batch * channels * row_blocks, kLines * width, [&](int64_t task) {
       static thread_local std::vector<float> staging;  // rows in fp32, and those beyond the last one
       staging.resize(kLines * width);
-      const int64_t first = task * kLines, count = std::min(kLines, rows - first);
+      const int64_t y = task % row_blocks * kLines, first = task / row_blocks * height + y;
+      const int64_t count = std::min(kLines, height - y);
       const float* sources[kLines];
       float* targets[kLines];
       for (int64_t i = 0; i < kLines; ++i) {

@@ -100,6 +100,16 @@ def test_per_sample_gains_act_on_their_own_sample(backend):
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
+def test_what_is_not_finite_stays_in_its_plane(backend):
+    image, gain_y, gain_x = draw((2, 2, 20, 9), (1, 20), (1, 9))
+    clean = spectral_gain2d(image, gain_y, gain_x, backend=backend)
+    image[0, 1, 3, 4] = torch.inf
+    result = spectral_gain2d(image, gain_y, gain_x, backend=backend)
+    assert not result[0, 1].isfinite().any()
+    result[0, 1] = clean[0, 1]
+    assert torch.equal(result, clean)
+
+
 def test_gradients_do_not_depend_on_the_number_of_threads(require_backend):
     require_backend("cpu", "spectral_gain2d")
     image, gain_y, gain_x = draw((2, 3, 130, 170), (3, 130), (3, 170))
