@@ -1,10 +1,11 @@
-"""Filters and LoRA layers: exact identity at the start, folding of the normalisation, ranges."""
+"""Filters, gains and LoRA layers: exact identity at the start, folding of the normalisation, ranges."""
 
 import pytest
 import torch
 from torch import nn
 
-from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter
+from vqfast import ops
+from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter, SpectralGain
 
 FILTERS = [GaussianFilter, LowRankFilter]
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
@@ -86,3 +87,43 @@ def test_filters_compile_in_one_graph(make):
     for result in (compiled(image), module(image)):
         assert torch.equal(result, image)
         assert torch.autograd.grad(result.square().sum(), module.mix)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("size", [(16, 16), (33, 7), (1, 1)])
+def test_spectral_gain_starts_as_the_identity_at_any_size(samples, size):
+    image = torch.rand(2, 3, *size)
+    module = SpectralGain(rank=3, samples=samples)
+    torch.testing.assert_close(module(image), image, rtol=0, atol=2e-6)
+    assert torch.equal(module(image, ops.dct2(image)), module(image))
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+def test_every_gain_gets_a_gradient_once_gain_y_moves(samples):
+    module, image = SpectralGain(rank=3, samples=samples), torch.rand(2, 3, 24, 17)
+    spectrum = ops.dct2(image)
+    module(image, spectrum).square().sum().backward()
+    assert module.gain_y.grad.abs().amax(-1).gt(0).all()
+    with torch.no_grad():
+        module.gain_y.sub_(0.01 * module.gain_y.grad)
+    module(image, spectrum).square().sum().backward()
+    assert module.gain_x.grad.abs().amax(-1).gt(0).all()
+
+
+def test_spectral_gain_per_sample_leaves_the_others_alone():
+    module, image = SpectralGain(samples=2), torch.rand(2, 3, 12, 20)
+    with torch.no_grad():
+        module.gain_y[1] = 1
+    result = module(image)
+    torch.testing.assert_close(result[0], image[0])
+    torch.testing.assert_close(result[1], 2 * image[1])  # M = 1 + 1 at every frequency
+
+
+def test_spectral_gain_interpolates_between_its_knots():
+    module = SpectralGain(knots=2)
+    with torch.no_grad():
+        module.gain_y.copy_(torch.tensor([[0.0, 1.0]]))
+    image = torch.zeros(1, 1, 5, 1)
+    image[0, 0, 0] = 1
+    gained, plain = ops.dct2(module(image).detach()), ops.dct2(image)
+    torch.testing.assert_close((gained / plain).flatten(), torch.tensor([1.0, 1.25, 1.5, 1.75, 2.0]))

@@ -1,4 +1,4 @@
-"""Modules that own the tuned parameters: filters in front of the vision encoder, LoRA on its linear layers.
+"""Modules that own the tuned parameters: filters and gains in front of the vision encoder, LoRA on its linear layers.
 
 A module holds one set of parameters or, with `samples=B`, one set per sample of a batch of B.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import ops
@@ -134,6 +135,41 @@ class LowRankFilter(_MixedFilter):
         row = gaussian_taps(sigma.log(), length)
         self.taps_y[..., 0, :] = row
         self.taps_x[..., 0, :] = row
+
+
+class SpectralGain(nn.Module):
+    """Low-rank gain on the cosine spectrum of every channel: y = C_H^T ((1 + sum_r a_r b_r^T) o (C_H x C_W^T)) C_W.
+
+    a_r and b_r are kept at a few knots from frequency 0 to the highest, and interpolated linearly to H and W: one set
+    of parameters serves every resolution. Starts as the identity to within rounding: a_r = 0, and b_r a cosine of r - 1
+    half waves, so that every a_r receives a gradient of its own (b_r receives one once a_r has moved, as in LoRA).
+
+    Args:
+        knots: number of knots per axis, at least 2. rank: R, 1 to 8 and at most knots.
+        samples: one set of parameters per sample of a batch; None for one set in all.
+
+    Source: this project.
+    """
+
+    def __init__(self, knots: int = 8, rank: int = 1, *, samples: int | None = None) -> None:
+        super().__init__()
+        lead = () if samples is None else (samples,)
+        order, position = torch.arange(rank)[:, None], torch.arange(knots) + 0.5
+        start = torch.cos(math.pi * order * position / knots)
+        self.gain_y = nn.Parameter(torch.zeros(*lead, rank, knots))
+        self.gain_x = nn.Parameter(start.expand(*lead, -1, -1).clone())
+
+    def forward(self, image: Tensor, spectrum: Tensor | None = None) -> Tensor:
+        """Filter `image` [B, C, H, W]; `spectrum`: `ops.dct2(image)`, if the image stays constant over many calls."""
+        height, width = image.shape[-2:]
+        gain_y, gain_x = _interpolated(self.gain_y, height), _interpolated(self.gain_x, width)
+        return ops.spectral_gain2d(image, gain_y, gain_x, spectrum=spectrum)
+
+
+def _interpolated(knots: Tensor, length: int) -> Tensor:
+    """[..., R, knots] -> [..., R, length], linear between the knots, the ends kept."""
+    rows = knots.reshape(1, -1, knots.shape[-1])
+    return F.interpolate(rows, size=length, mode="linear", align_corners=True).reshape(*knots.shape[:-1], length)
 
 
 class LoRALinear(nn.Module):

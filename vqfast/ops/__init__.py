@@ -5,7 +5,15 @@ from vqfast.ops.linear_softmax_entropy.api import linear_softmax_entropy
 from vqfast.ops.lora_linear.api import lora_linear
 from vqfast.ops.lowrank_filter2d.api import lowrank_filter2d
 from vqfast.ops.softmax_entropy.api import softmax_entropy
+from vqfast.ops.spectral_gain2d.api import dct2, spectral_gain2d
 
 _native.load()
 
-__all__ = ["linear_softmax_entropy", "lora_linear", "lowrank_filter2d", "softmax_entropy"]
+__all__ = [
+    "dct2",
+    "linear_softmax_entropy",
+    "lora_linear",
+    "lowrank_filter2d",
+    "softmax_entropy",
+    "spectral_gain2d",
+]

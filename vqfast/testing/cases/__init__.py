@@ -56,7 +56,13 @@ def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
 
 
 def all_operators() -> tuple[OperatorCases, ...]:
-    from vqfast.testing.cases import linear_softmax_entropy, lora_linear, lowrank_filter2d, softmax_entropy
+    from vqfast.testing.cases import (
+        linear_softmax_entropy,
+        lora_linear,
+        lowrank_filter2d,
+        softmax_entropy,
+        spectral_gain2d,
+    )
 
-    modules = (lowrank_filter2d, lora_linear, softmax_entropy, linear_softmax_entropy)
+    modules = (lowrank_filter2d, spectral_gain2d, lora_linear, softmax_entropy, linear_softmax_entropy)
     return tuple(module.OPERATOR for module in modules)
