@@ -90,7 +90,7 @@ def say(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def ours(request: pytest.FixtureRequest):
-    """Call with an operator and a dtype: the backend that stands for vqfast. Skips where the one asked for is missing."""
+    """Call with an operator and a dtype: the backend that stands for vqfast; skips where that asked for is missing."""
 
     def choose(op, dtype) -> str:
         there = available(op, dtype)

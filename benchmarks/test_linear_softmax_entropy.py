@@ -10,8 +10,8 @@ PEERS = ("log_softmax", "log_softmax-compiled")
 
 
 def work(inputs, direction):
-    """One product of N D V for the logits; the gradient takes two more, sum_i p_i w_i and sum_i p_i z_i w_i. These can be
-    gathered while the logits are, so the head is read once in either direction."""
+    """One product of N D V for the logits; the gradient takes two more, sum_i p_i w_i and sum_i p_i z_i w_i. These can
+    be gathered while the logits are, so the head is read once in either direction."""
     hidden, weight = inputs["hidden"], inputs["weight"]
     products, tensors = (1, hidden.nbytes) if direction == FORWARD else (3, 2 * hidden.nbytes)
     return Work(products * 2 * hidden.shape[0] * weight.numel(), weight.nbytes + tensors)

@@ -38,11 +38,11 @@ def curve(benchmark, rates, record, say):
         if benchmark.disabled:
             return
         axis, values = names[0].partition("=")[0], [float(name.partition("=")[2]) for name in names]
-        figures = [
-            results.figures(s, None, work, rates, torch.float32) for s, work in zip(seconds, works, strict=True)
-        ]
+        figures = [results.figures(s, None, work, rates, torch.float32) for s, work in zip(seconds, works, strict=True)]
         found = exponent(values, [point["median_us"] for point in figures])
-        times = ", ".join(f"{v:g}: {point['median_us'] / 1000:.3g} ms" for v, point in zip(values, figures, strict=True))
+        times = ", ".join(
+            f"{v:g}: {point['median_us'] / 1000:.3g} ms" for v, point in zip(values, figures, strict=True)
+        )
         mark = f"  superlinear (above {SUPERLINEAR})" if found > SUPERLINEAR else ""
         say(f"{fields['op']} against {axis}: exponent {found:.2f}{mark}  [{times}]")
         benchmark.extra_info |= {"axis": axis, "exponent": round(found, 3)}

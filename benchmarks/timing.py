@@ -24,7 +24,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def in_turn(benchmark: Any, calls: Sequence[Callable[[], object]]) -> list[list[float]]:
-    """Seconds of each call, round by round. A round runs every call once, so that all meet the same state of the machine.
+    """Seconds of each call, round by round. A round runs every call once, so all meet the same state of the machine.
 
     pytest-benchmark times the last call and shows it in its table; the others run and are timed in its `setup`.
     Returns nothing but empty lists under --benchmark-disable.
