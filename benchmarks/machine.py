@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 COPIED_VALUES = 1 << 26  # 256 MB of float32, more than any cache holds
 MATRIX = 1024
-ROUNDS = 10
+ROUNDS = 30
 
 
 @dataclass(frozen=True)
