@@ -16,7 +16,7 @@ from benchmarks import results
 from benchmarks.machine import ROOT, device
 from benchmarks.results import KEY, Result
 
-BAND = 0.75  # a speed-up of one session differs from another's by up to a fifth on a shared machine
+BAND = 0.75  # a speed-up of one session differs from another's by up to a quarter on a busy machine
 PEERS = "separable,log_softmax,addmm,bmm"  # eager: nothing to compile
 
 
@@ -38,7 +38,17 @@ def _key(row: Result) -> tuple[object, ...]:
 
 
 def measure(folder: Path) -> None:
-    options = ["--benchmark-only", "-q", "--peer", PEERS, "-k", "float32 and fwd+bwd", "--record", str(folder)]
+    options = [
+        "--benchmark-only",
+        "--benchmark-columns=median,rounds",
+        "-q",
+        "--peer",
+        PEERS,
+        "-k",
+        "float32 and fwd+bwd",
+        "--record",
+        str(folder),
+    ]
     if subprocess.run([sys.executable, "-m", "pytest", "benchmarks", *options], cwd=ROOT).returncode:
         sys.exit("not every row could be measured")
 

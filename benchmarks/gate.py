@@ -35,8 +35,8 @@ def subject(benchmark: Benchmark, case: Case, dtype: torch.dtype) -> Subject:
     for name in benchmark.leaves:
         inputs[name].requires_grad_()
     with torch.no_grad():
-        shape = op.function(**inputs, backend="reference").shape
-    weights = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        result = op.function(**inputs, backend="reference")
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result.dtype)
     eager, exact = (outputs(on_backend(benchmark, x, "reference"), weights) for x in (inputs, in_float64(inputs)))
     return Subject(inputs, weights, eager, exact)
 
