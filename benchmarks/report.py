@@ -89,7 +89,7 @@ def table(rows: list[Result], folder: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for line in summary(rows):
-        ratios = (f"{line[kind]:.1f}" if line[kind] else "" for kind in ("eager", "compiled"))
+        ratios = (f"{line[kind]:.2f}" if line[kind] else "" for kind in ("eager", "compiled"))
         floor = f"{line['floor']:.0f}" if line["floor"] else ""
         lines.append(f"| `{line['op']}` | {line['case']} | {line['dtype']} | {' | '.join(ratios)} | {floor} |")
     beside = ", ".join(

@@ -11,9 +11,9 @@ OWN_PEERS = ("bmm", "vmap", "bmm-compiled", "plain")
 
 
 def work(inputs, direction):
-    """Forward, M rows: M N K of the base, M r (N + K) of the update. Backward: M N K for dx, M r (N + K) each for dx and
-    for the adapters' gradients. x, the base and the adapters are read, y written; then x, the base, the adapters and
-    dy read, dx and the adapters' gradients written."""
+    """Forward, M rows: M N K of the base, M r (N + K) of the update. Backward: M N K for dx, M r (N + K) each for dx
+    and for the adapters' gradients. x, the base and the adapters are read, y written; then x, the base, the adapters
+    and dy read, dx and the adapters' gradients written."""
     x, weight = inputs["x"], inputs["weight"]
     adapters = inputs["lora_a"].nbytes + inputs["lora_b"].nbytes
     outputs, features = weight.shape

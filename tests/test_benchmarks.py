@@ -180,8 +180,8 @@ def test_rows_come_back_as_they_were_stored(stored):
 
 def test_table(stored):
     text = report.table(results.load(stored), stored.name)
-    assert "| `softmax_entropy` | 32x32000 | float32 | 4.0 | 2.5 | 50 |\n" in text
-    assert "| `lora_linear` | 577x1024x1024-r8 | float32 | 1.2 |  | 50 |\n" in text
+    assert "| `softmax_entropy` | 32x32000 | float32 | 4.00 | 2.50 | 50 |\n" in text
+    assert "| `lora_linear` | 577x1024x1024-r8 | float32 | 1.20 |  | 50 |\n" in text
     assert "frozen layer alone: 1.25 (577x1024x1024-r8 float32)" in text
     assert "some-cpu-2-threads; torch 2.13.0+cpu; triton 3.7.1; 2026-11-21; benchmarks/results/some-cpu" in text
     assert "batch=" not in text
