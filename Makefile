@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*/*)
 # a hundred times slower (docs/tuning.md).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m studies.demo
@@ -21,6 +21,15 @@ lint: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/lint-imports
 
+# Appends to benchmarks/results/<device>/ and rewrites the README's table from it: on an otherwise idle machine.
+bench: .venv/installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --record benchmarks/results
+	$(BIN)/python -m benchmarks.report
+
+# Whether the speed-ups of this machine's committed results still hold.
+bench-check: .venv/installed
+	$(BIN)/python -m benchmarks.check
+
 clean:
 	rm -rf .venv build out *.egg-info vqfast/*.so
 
@@ -29,5 +38,5 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch setuptools ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
-		-e ".[test,lint]"
+		-e ".[test,lint,bench]"
 	touch $@

@@ -13,7 +13,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "demo"
-BEGIN, END = "<!-- demo: begin -->\n", "<!-- demo: end -->\n"
 COPIED = ("report.json", "gallery.png")
 
 
@@ -43,10 +42,16 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
+def splice(text: str, name: str, content: str) -> str:
+    """`text` with what is between the markers `name: begin` and `name: end` replaced."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+    before, rest = text.split(begin)
+    return before + begin + content + end + rest.split(end)[1]
+
+
 def spliced(readme: str, report: dict[str, Any]) -> str:
-    """`readme` with the table between the markers replaced."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + table(report) + END + rest.split(END)[1]
+    """`readme` with the demo's table replaced."""
+    return splice(readme, "demo", table(report))
 
 
 def main(folder: str = "out/demo") -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from benchmarks import report, results
 from studies import readme
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +15,17 @@ def test_readme_table_is_the_one_of_its_results_file():
     assert readme.spliced(text, report) == text
     report["rows"][0]["search"] += 0.01
     assert readme.spliced(text, report) != text
+
+
+def test_readme_benchmark_table_is_the_one_of_the_results_it_names():
+    """Between the markers stands nothing while no results are committed."""
+    text = (ROOT / "README.md").read_text()
+    shown = report.section(text)
+    if not shown:
+        assert not any(results.FOLDER.glob("*/*.jsonl")), "results without a table: python -m benchmarks.report"
+        return
+    folder = results.FOLDER / shown.split("benchmarks/results/")[1].split(".")[0]
+    assert report.spliced(text, folder) == text
 
 
 def test_pages_that_are_linked_exist():

@@ -19,8 +19,10 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float(difference.masked_fill(both_nan, 0).nan_to_num(nan=torch.inf).max())
 
 
-def assert_close_to_exact(name: str, actual: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Raise AssertionError unless error(actual) <= error(eager) + BAND eps(dtype) max|exact|.
+def assert_close_to_exact(
+    name: str, actual: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, band: int = BAND
+) -> None:
+    """Raise AssertionError unless error(actual) <= error(eager) + band eps(dtype) max|exact|.
 
     Args:
         actual, eager: results in the dtype under test; exact: the same in float64, from the same rounded inputs.
@@ -29,6 +31,6 @@ def assert_close_to_exact(name: str, actual: Tensor, eager: Tensor, exact: Tenso
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     finite = exact[exact.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    allowed = error(eager, exact) + BAND * torch.finfo(dtype).eps * scale
+    allowed = error(eager, exact) + band * torch.finfo(dtype).eps * scale
     found = error(actual, exact)
     assert found <= allowed, f"{name}: error {found:.3g} exceeds {allowed:.3g} ({dtype}, largest value {scale:.3g})"

@@ -33,6 +33,8 @@ class OperatorCases:
     differentiable: tuple[str, ...]
     kernels: tuple[str, ...]  # native backends that implement it
     cases: tuple[Case, ...]
+    benchmarks: tuple[Case, ...] = ()  # large shapes, which only the benchmarks draw
+    scaling: tuple[Case, ...] = ()  # named "axis=value", in rising order of each axis
 
     def __str__(self) -> str:
         return self.name

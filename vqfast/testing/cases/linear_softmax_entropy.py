@@ -31,4 +31,9 @@ OPERATOR = OperatorCases(
         _case("one_class", 2, 8, 1),
         _case("empty", 0, 8, 10),
     ),
+    benchmarks=(_case("8x1024x32000", 8, 1024, 32000), _case("1x1024x32000", 1, 1024, 32000)),
+    scaling=(
+        *(_case(f"vocabulary={classes}", 8, 256, classes) for classes in (8000, 32000, 128000)),
+        *(_case(f"batch={rows}", rows, 256, 32000) for rows in (1, 4, 16, 64)),
+    ),
 )

@@ -46,4 +46,12 @@ OPERATOR = OperatorCases(
         _case("empty", (0,), 6, 4, 2),
         _case("packed_empty", (0,), 6, 4, 2, samples=2, offsets=(0, 0, 0)),
     ),
+    benchmarks=(
+        _case("577x1024x1024-r8", (577,), 1024, 1024, 8),
+        _case("16x197x768x768-r8-own", (16, 197), 768, 768, 8, samples=16),
+    ),
+    scaling=(
+        *(_case(f"rank={rank}", (577,), 1024, 1024, rank) for rank in (4, 8, 16, 32, 64)),
+        *(_case(f"batch={batch}", (batch, 197), 384, 384, 8, samples=batch) for batch in (1, 4, 16, 64)),
+    ),
 )

@@ -55,4 +55,15 @@ OPERATOR = OperatorCases(
         _case("one_row_replicate", (1, 1, 1, 17), 5, 1, padding="replicate"),
         _case("empty_batch", (0, 3, 8, 8), 3, 1),
     ),
+    benchmarks=(
+        _case("1x3x336x336-k7-r1", (1, 3, 336, 336), 7, 1),
+        _case("1x3x336x336-k15-r4", (1, 3, 336, 336), 15, 4),
+        _case("16x3x224x224-k7-r1-own", (16, 3, 224, 224), 7, 1, own=True),
+    ),
+    scaling=(
+        *(_case(f"pixels={side**2}", (1, 3, side, side), 7, 1) for side in (112, 224, 448, 896)),
+        *(_case(f"batch={batch}", (batch, 3, 224, 224), 7, 1, own=True) for batch in (1, 4, 16, 64)),
+        *(_case(f"rank={rank}", (1, 3, 336, 336), 7, rank) for rank in (1, 2, 4, 8)),
+        *(_case(f"taps={taps}", (1, 3, 336, 336), taps, 1) for taps in (3, 7, 15, 31)),
+    ),
 )

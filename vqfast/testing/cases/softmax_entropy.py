@@ -41,4 +41,9 @@ OPERATOR = OperatorCases(
         _case("peak_in_the_first_chunk", 2, 3000, change=_early_peak),
         _case("empty", 0, 7),
     ),
+    benchmarks=(_case("32x32000", 32, 32000), _case("1x152064", 1, 152064)),
+    scaling=(
+        *(_case(f"vocabulary={classes}", 8, classes) for classes in (8000, 32000, 128000)),
+        *(_case(f"batch={rows}", rows, 32000) for rows in (1, 4, 16, 64)),
+    ),
 )
