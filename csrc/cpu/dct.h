@@ -7,11 +7,19 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numbers>
 #include <utility>
 #include <vector>
 
-#include "common/loops.h"
+#include "common/rows.h"
+
+#define VQ_INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VQ_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VQ_MULTIVERSION
+#endif
 
 namespace vqfast {
 

@@ -1,21 +1,5 @@
 // Row loops of lowrank_filter2d: the separable filter forwards, the correlations of its gradient backwards.
 // Rows are fp32 and counted in whole vectors: `width` is a multiple of kLanes, what lies beyond the image is zero.
-#pragma once
-#include <algorithm>
-
-#include "common/loops.h"
-
-namespace vqfast {
-namespace {
-
-struct Tone {
-  float mix, gain, bias;
-};
-
-struct Rows {  // row y starts at data + y * stride
-  const float* data;
-  int64_t stride;
-};
 
 // out[r][x] = sum_j taps[r][j] in[x + j]
 template <int Rank, int Block>
@@ -25,7 +9,7 @@ VQ_INLINE void filter_row_block(const float* in, const float* taps, int64_t k, f
     Vec x[Block];
     for (int b = 0; b < Block; ++b) x[b] = load(in + j + b * kLanes);
     for (int r = 0; r < Rank; ++r)
-      for (int b = 0; b < Block; ++b) sums[r][b] += taps[r * k + j] * x[b];
+      for (int b = 0; b < Block; ++b) sums[r][b] += broadcast(taps[r * k + j]) * x[b];
   }
   for (int r = 0; r < Rank; ++r)
     for (int b = 0; b < Block; ++b) store(out + r * width + b * kLanes, sums[r][b]);
@@ -40,8 +24,7 @@ VQ_INLINE void filter_row_ranks(const float* in, const float* taps, int64_t k, f
 }
 
 // One padded row through the horizontal taps of every rank: out [rank][width].
-VQ_MULTIVERSION void filter_row(const float* in, const float* taps, int64_t rank, int64_t k, float* out,
-                                int64_t width) {
+inline void filter_row(const float* in, const float* taps, int64_t rank, int64_t k, float* out, int64_t width) {
   int64_t r = 0;
   for (; r + 4 <= rank; r += 4) filter_row_ranks<4, 2>(in, taps + r * k, k, out + r * width, width);
   for (; r + 2 <= rank; r += 2) filter_row_ranks<2, 4>(in, taps + r * k, k, out + r * width, width);
@@ -55,23 +38,25 @@ VQ_INLINE void filter_columns_block(const float* in, const float* taps, int64_t 
   const int64_t stride = rank * width;
   for (int64_t r = 0; r < rank; ++r) {
     const float *source = in + r * width + column, *u = taps + r * k;
-    for (int b = 0; b < Block; ++b) sums[0][b] += u[0] * load(source + b * kLanes);
+    for (int b = 0; b < Block; ++b) sums[0][b] += broadcast(u[0]) * load(source + b * kLanes);
     for (int64_t i = 1; i < k; ++i) {
       Vec row[Block];
       for (int b = 0; b < Block; ++b) row[b] = load(source + i * stride + b * kLanes);
-      for (int b = 0; b < Block; ++b) sums[0][b] += u[i] * row[b];
+      for (int b = 0; b < Block; ++b) sums[0][b] += broadcast(u[i]) * row[b];
       if (Count == 2)
-        for (int b = 0; b < Block; ++b) sums[Count - 1][b] += u[i - 1] * row[b];
+        for (int b = 0; b < Block; ++b) sums[Count - 1][b] += broadcast(u[i - 1]) * row[b];
     }
     if (Count == 2)
-      for (int b = 0; b < Block; ++b) sums[Count - 1][b] += u[k - 1] * load(source + k * stride + b * kLanes);
+      for (int b = 0; b < Block; ++b)
+        sums[Count - 1][b] += broadcast(u[k - 1]) * load(source + k * stride + b * kLanes);
   }
+  const Vec mix = broadcast(tone.mix), gain = broadcast(tone.gain), bias = broadcast(tone.bias);
   for (int y = 0; y < Count; ++y) {
     const float* x = image[y] + column;
     float* target = out[y] + column;
     for (int b = 0; b < Block; ++b) {
       const Vec pixel = load(x + b * kLanes);
-      store(target + b * kLanes, tone.gain * (pixel + tone.mix * (sums[y][b] - pixel)) + tone.bias);
+      store(target + b * kLanes, gain * (pixel + mix * (sums[y][b] - pixel)) + bias);
     }
   }
 }
@@ -89,8 +74,8 @@ VQ_INLINE void filter_columns_count(const float* in, const float* taps, int64_t 
 
 // out[y] = gain (x[y] + mix (F[y] - x[y])) + bias with F[y] = sum_r sum_i taps[r][i] in[y + i][r], for one row or two:
 // two share the rows that they read. in [count + k - 1][rank][width]
-VQ_MULTIVERSION void filter_columns(const float* in, const float* taps, int64_t rank, int64_t k, int64_t width,
-                                    Tone tone, int64_t count, const float* const* image, float* const* out) {
+inline void filter_columns(const float* in, const float* taps, int64_t rank, int64_t k, int64_t width, Tone tone,
+                           int64_t count, const float* const* image, float* const* out) {
   if (count == 2)
     filter_columns_count<2>(in, taps, rank, k, width, tone, image, out);
   else
@@ -109,11 +94,11 @@ VQ_INLINE void rank1_row_fixed(const float* const* g, const float* x, const floa
   for (int64_t c = 0; c < width; c += kLanes) {
     Vec t = {}, q = {};
 #pragma GCC unroll 16
-    for (int i = 0; i < K; ++i) q += u[i] * load(g[i] + c);
+    for (int i = 0; i < K; ++i) q += broadcast(u[i]) * load(g[i] + c);
 #pragma GCC unroll 16
     for (int j = 0; j < K; ++j) {
       const Vec pixel = load(x + c + j);
-      t += v[j] * pixel;
+      t += broadcast(v[j]) * pixel;
       dv[j] += q * pixel;
     }
 #pragma GCC unroll 16
@@ -129,8 +114,8 @@ VQ_INLINE void rank1_row_block(const float* const* g, const float* x, const floa
   Vec t[Block] = {}, q[Block] = {};
   for (int64_t i = 0; i < k; ++i)
     for (int b = 0; b < Block; ++b) {
-      t[b] += v[i] * load(x + c + i + b * kLanes);
-      q[b] += u[i] * load(g[i] + c + b * kLanes);
+      t[b] += broadcast(v[i]) * load(x + c + i + b * kLanes);
+      q[b] += broadcast(u[i]) * load(g[i] + c + b * kLanes);
     }
   for (int64_t i = 0; i < k; ++i) {
     Vec du = load(sums + i * kLanes), dv = load(sums + (k + i) * kLanes);
@@ -142,8 +127,8 @@ VQ_INLINE void rank1_row_block(const float* const* g, const float* x, const floa
   }
 }
 
-VQ_MULTIVERSION void rank1_row(const float* const* g, const float* x, const float* u, const float* v, int64_t k,
-                               int64_t width, float* sums) {
+inline void rank1_row(const float* const* g, const float* x, const float* u, const float* v, int64_t k, int64_t width,
+                      float* sums) {
   Vec centre = load(sums + 2 * k * kLanes), total = load(sums + (2 * k + 1) * kLanes);
   for (int64_t c = 0; c < width; c += kLanes) {
     const Vec row = load(g[k / 2] + c);
@@ -211,8 +196,8 @@ VQ_INLINE void correlate_lags(const Rows& g, int64_t rows, const Rows& in, int64
   for (; j < k; ++j) correlate_tile<I, 1>(g, rows, {in.data + j, in.stride}, width, sums + j * kLanes, k * kLanes);
 }
 
-VQ_MULTIVERSION void correlate_directly(const Rows& g, int64_t rows, const Rows& in, int64_t lags, int64_t k,
-                                        int64_t width, float* sums) {
+inline void correlate_directly(const Rows& g, int64_t rows, const Rows& in, int64_t lags, int64_t k, int64_t width,
+                               float* sums) {
   int64_t i = 0;
   for (; i + 4 <= lags && rows >= 4; i += 4)
     correlate_lags<4>(g, rows, {in.data + i * in.stride, in.stride}, k, width, sums + i * k * kLanes);
@@ -221,62 +206,16 @@ VQ_MULTIVERSION void correlate_directly(const Rows& g, int64_t rows, const Rows&
 }
 
 // out[y] = a[y] + sign b[y]
-VQ_MULTIVERSION void add_rows(const Rows& a, const Rows& b, float sign, int64_t rows, int64_t width, float* out) {
+inline void add_rows(const Rows& a, const Rows& b, float sign, int64_t rows, int64_t width, float* out) {
   for (int64_t y = 0; y < rows; ++y, out += width)
     for (int64_t x = 0; x < width; x += kLanes)
-      store(out + x, load(a.data + y * a.stride + x) + sign * load(b.data + y * b.stride + x));
+      store(out + x, load(a.data + y * a.stride + x) + broadcast(sign) * load(b.data + y * b.stride + x));
 }
 
 // sums[lane] += sum_y sum_x g[y][x]
-VQ_MULTIVERSION void row_sums(const Rows& g, int64_t rows, int64_t width, float* sums) {
+inline void row_sums(const Rows& g, int64_t rows, int64_t width, float* sums) {
   Vec total = load(sums);
   for (int64_t y = 0; y < rows; ++y)
     for (int64_t x = 0; x < width; x += kLanes) total += load(g.data + y * g.stride + x);
   store(sums, total);
 }
-
-// Lags above this are halved as below; a whole number of halvings, so that no lag is computed in vain.
-constexpr int64_t kDirectLags = 4;
-
-inline int64_t halvings(int64_t lags) {
-  int64_t n = 0;
-  for (; lags > kDirectLags; lags = (lags + 1) / 2) ++n;
-  return n;
-}
-
-// Floats that correlate() needs for its rows and sums, over all levels.
-inline int64_t correlate_scratch(int64_t rows, int64_t lags, int64_t k, int64_t width, int64_t in_width) {
-  return 2 * (rows + lags) * in_width + rows * width + 4 * lags * k * kLanes;
-}
-
-// sums[i][j] += sum_y sum_x g[y][x] in[y + i][x + j] for y < rows, i < lags, j < k, lanes apart. Two rows by two lags
-// take three products where the definition takes four (the fast FIR algorithm F(2, 2), applied to rows):
-//   G_0 = g_0 x_0 + g_1 x_1 = m_1 + m_2,   G_1 = g_0 x_1 + g_1 x_2 = m_2 - m_3
-//   m_1 = g_0 (x_0 - x_1),   m_2 = (g_0 + g_1) x_1,   m_3 = g_1 (x_1 - x_2)
-// `in` has rows + lags - 1 rows of in_width values.
-inline void correlate(const Rows& g, int64_t rows, const Rows& in, int64_t lags, int64_t k, int64_t width,
-                      int64_t in_width, float* sums, float* scratch) {
-  if (lags <= kDirectLags || lags % 2 || rows % 2) return correlate_directly(g, rows, in, lags, k, width, sums);
-  const int64_t half_rows = rows / 2, half_lags = lags / 2, in_rows = half_rows + half_lags - 1;
-  const int64_t part = half_lags * k * kLanes;
-  float *even = scratch, *odd = even + in_rows * in_width, *both = odd + in_rows * in_width;
-  float *parts = both + half_rows * width, *rest = parts + 3 * part;
-  const auto step = [&](const Rows& r, int64_t first) { return Rows{r.data + first * r.stride, 2 * r.stride}; };
-  add_rows(step(in, 0), step(in, 1), -1.f, in_rows, in_width, even);
-  add_rows(step(in, 1), step(in, 2), -1.f, in_rows, in_width, odd);
-  add_rows(step(g, 0), step(g, 1), 1.f, half_rows, width, both);
-  std::fill_n(parts, 3 * part, 0.f);
-  correlate(step(g, 0), half_rows, {even, in_width}, half_lags, k, width, in_width, parts, rest);
-  correlate({both, width}, half_rows, step(in, 1), half_lags, k, width, in_width, parts + part, rest);
-  correlate(step(g, 1), half_rows, {odd, in_width}, half_lags, k, width, in_width, parts + 2 * part, rest);
-  for (int64_t i = 0; i < half_lags; ++i)
-    for (int64_t n = 0; n < k * kLanes; ++n) {
-      const float m1 = parts[i * k * kLanes + n], m2 = parts[part + i * k * kLanes + n],
-                  m3 = parts[2 * part + i * k * kLanes + n];
-      sums[2 * i * k * kLanes + n] += m1 + m2;
-      sums[(2 * i + 1) * k * kLanes + n] += m2 - m3;
-    }
-}
-
-}  // namespace
-}  // namespace vqfast

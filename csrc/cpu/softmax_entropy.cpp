@@ -10,75 +10,26 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/loops.h"
 #include "common/softmax_sums.h"
 
 namespace vqfast {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
-constexpr int64_t kChunk = 4096;           // classes of one task: read twice, the second time from the nearest cache
-constexpr int64_t kMinTaskSize = 1 << 14;  // classes; below it a second thread costs more than it saves
-
-// Calls body(vector, index) for all of z, then body(vector filled up with -inf, index, count) for a last partial
-// vector.
-template <class T, class Body, class Tail>
-VQ_INLINE void for_vectors(const T* z, int64_t n, Body body, Tail tail) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(load(z + i), i);
-  if (i == n) return;
-  float rest[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) rest[j] = i + j < n ? float(z[i + j]) : -std::numeric_limits<float>::infinity();
-  tail(load(rest), i, n - i);
-}
-
-template <class T>
-VQ_INLINE SoftmaxSums chunk_sums_of(const T* z, int64_t n) {
-  Vec max = broadcast(-std::numeric_limits<float>::infinity());
-  const auto greater = [&](Vec v, int64_t, auto...) { max = v > max ? v : max; };
-  for_vectors(z, n, greater, greater);
-  SoftmaxSums sums;
-  sums.max = horizontal_max(max);
-  const float shift = sums.centre = sums.shift();
-  Vec weight = {}, moment = {};
-  const auto add = [&](Vec v, int64_t, auto...) {
-    const Vec d = v - shift, e = exp_nonpositive(d);
-    weight += e, moment += e * clamp_exponent(d);
-  };
-  for_vectors(z, n, add, add);
-  sums.weight = horizontal_sum(weight), sums.moment = horizontal_sum(moment);
-  return sums;
-}
-
-struct Row {
+struct Row {  // what the gradient of one row of logits needs
   float max, log_sum, entropy, grad;
 };
 
-template <class T>
-VQ_INLINE void chunk_gradient_of(const T* z, T* dz, int64_t n, Row row) {
-  const auto gradient = [&](Vec v) {
-    const Vec log_p = (v - row.max) - row.log_sum;  // never z - lse: it rounds at |lse|
-    return log_p < kExpMin ? Vec{} : -row.grad * exp_nonpositive(log_p) * (log_p + row.entropy);
-  };
-  for_vectors(
-      z, n, [&](Vec v, int64_t i) { store(dz + i, gradient(v)); },
-      [&](Vec v, int64_t i, int64_t count) {
-        T out[kLanes];
-        store(out, gradient(v));
-        std::copy_n(out, count, dz + i);
-      });
-}
+}  // namespace
+}  // namespace vqfast
 
-VQ_MULTIVERSION SoftmaxSums chunk_sums(const float* z, int64_t n) { return chunk_sums_of(z, n); }
-VQ_MULTIVERSION SoftmaxSums chunk_sums(const Half* z, int64_t n) { return chunk_sums_of(z, n); }
-VQ_MULTIVERSION SoftmaxSums chunk_sums(const BFloat16* z, int64_t n) { return chunk_sums_of(z, n); }
-VQ_MULTIVERSION void chunk_gradient(const float* z, float* dz, int64_t n, Row row) { chunk_gradient_of(z, dz, n, row); }
-VQ_MULTIVERSION void chunk_gradient(const Half* z, Half* dz, int64_t n, Row row) { chunk_gradient_of(z, dz, n, row); }
-VQ_MULTIVERSION void chunk_gradient(const BFloat16* z, BFloat16* dz, int64_t n, Row row) {
-  chunk_gradient_of(z, dz, n, row);
-}
+#define VQ_LOOPS "cpu/softmax_entropy_loops.h"
+#include "common/each_target.h"
+
+namespace vqfast {
+namespace {
+
+constexpr int64_t kChunk = 4096;           // classes of one task: read twice, the second time from the nearest cache
+constexpr int64_t kMinTaskSize = 1 << 14;  // classes; below it a second thread costs more than it saves
 
 std::vector<int64_t> leading_shape(const Tensor& logits) {
   const auto sizes = logits.sizes();
@@ -115,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_entropy_fwd(const Tensor& logits_) {
   for_activation_dtype(logits, "logits", [&](auto element) {
     const auto* data = logits.const_data_ptr<decltype(element)>();
     for_chunks(rows, classes, [&](int64_t row, int64_t task, int64_t first, int64_t n) {
-      partial[task] = chunk_sums(data + row * classes + first, n);
+      partial[task] = VQ_CALL(chunk_sums, data + row * classes + first, n);
     });
   });
   for (int64_t row = 0; row < rows; ++row) {
@@ -154,7 +105,7 @@ Tensor softmax_entropy_bwd(const Tensor& grad_, const Tensor& logits_, const Ten
     T* result = out.mutable_data_ptr<T>();
     for_chunks(rows, classes, [&](int64_t row, int64_t, int64_t first, int64_t n) {
       const int64_t offset = row * classes + first;
-      chunk_gradient(data + offset, result + offset, n, {m[row], l[row], h[row], g[row]});
+      VQ_CALL(chunk_gradient, data + offset, result + offset, n, Row{m[row], l[row], h[row], g[row]});
     });
   });
   return out;

@@ -139,30 +139,30 @@ struct Planes {
   }
 };
 
-// gain_y [1 or B, R, H] and gain_x [1 or B, R, W], checked and contiguous.
+// gain_y [R, H] and gain_x [R, W], or [B, R, H] and [B, R, W], checked and contiguous.
 struct Gains {
   Tensor y, x;
   int64_t rank, samples;
 
   Gains(const Tensor& gain_y, const Tensor& gain_x, const Planes& p)
       : y(torch::stable::contiguous(gain_y)), x(torch::stable::contiguous(gain_x)) {
-    STD_TORCH_CHECK(y.dim() == 3 && x.dim() == 3, "gains must be [1 or B, R, H] and [1 or B, R, W]");
-    samples = y.size(0), rank = y.size(1);
-    STD_TORCH_CHECK(samples == 1 || samples == p.batch, "gain_y must have 1 or B samples");
-    STD_TORCH_CHECK(x.size(0) == samples && x.size(1) == rank, "gain_x must have the samples and rank of gain_y");
-    STD_TORCH_CHECK(y.size(2) == p.height && x.size(2) == p.width, "gains must have one value per row and column");
+    STD_TORCH_CHECK(y.dim() == 2 || (y.dim() == 3 && y.size(0) == p.batch), "gain_y must be [R, H] or [B, R, H]");
+    STD_TORCH_CHECK(x.dim() == y.dim(), "gain_x must be [R, W] or [B, R, W], as gain_y");
+    samples = y.dim() == 3 ? p.batch : 1, rank = y.size(-2);
+    STD_TORCH_CHECK(x.size(0) == y.size(0) && x.size(-2) == rank, "gain_x must have the samples and rank of gain_y");
+    STD_TORCH_CHECK(y.size(-1) == p.height && x.size(-1) == p.width, "gains must have one value per row and column");
     STD_TORCH_CHECK(rank <= kMaxRank, "the rank must be at most ", kMaxRank);
     check_float32(y, "gain_y"), check_float32(x, "gain_x");
   }
 
   int64_t set(int64_t sample) const { return samples == 1 ? 0 : sample; }
-  const float* rows(int64_t sample) const { return y.const_data_ptr<float>() + set(sample) * rank * y.size(2); }
+  const float* rows(int64_t sample) const { return y.const_data_ptr<float>() + set(sample) * rank * y.size(-1); }
 
   // b_r of `count` columns from `first`.
   std::array<Point, kMaxRank> columns(int64_t sample, int64_t first, int64_t count) const {
     std::array<Point, kMaxRank> points = {};
-    const float* values = x.const_data_ptr<float>() + set(sample) * rank * x.size(2) + first;
-    for (int64_t r = 0; r < rank; ++r) points[r] = load_point(values + r * x.size(2), count);
+    const float* values = x.const_data_ptr<float>() + set(sample) * rank * x.size(-1) + first;
+    for (int64_t r = 0; r < rank; ++r) points[r] = load_point(values + r * x.size(-1), count);
     return points;
   }
 };

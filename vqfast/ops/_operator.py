@@ -39,7 +39,6 @@ def first_order(run: Callable[..., Any], operator: str, *args: Any) -> Any:
 
 
 class _FirstOrder(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], operator: str, *args: Any) -> Any:
         ctx.operator = operator

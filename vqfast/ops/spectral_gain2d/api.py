@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import FirstOrder, kernel
+from vqfast.ops._operator import first_order, kernel
 from vqfast.ops.spectral_gain2d import contract, reference
 
 
@@ -68,7 +68,7 @@ class _SpectralGain2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run = kernel(ctx.backend, "spectral_gain2d_bwd")
         image_grad = ctx.needs_input_grad[1]
-        image, *gains = FirstOrder.apply(run, "spectral_gain2d", grad, *ctx.saved_tensors, image_grad)
+        image, *gains = first_order(run, "spectral_gain2d", grad, *ctx.saved_tensors, image_grad)
         return None, image if image_grad else None, None, *gains
 
 

@@ -13,12 +13,12 @@ MAX_RANK = 8
 
 
 class Arguments(NamedTuple):
-    """What a kernel takes; S is 1 where the gains are shared by the batch, else B."""
+    """What a kernel takes: checked, shapes as the caller gave them."""
 
     image: Tensor  # [B, C, H, W]
     spectrum: Tensor | None  # [B, C, H, W]; None: the one of image
-    gain_y: Tensor  # [S, R, H]
-    gain_x: Tensor  # [S, R, W]
+    gain_y: Tensor  # [R, H] or [B, R, H]
+    gain_x: Tensor
 
 
 def check(image: object, gain_y: object, gain_x: object, spectrum: object) -> Arguments:
@@ -39,8 +39,8 @@ def check(image: object, gain_y: object, gain_x: object, spectrum: object) -> Ar
     return Arguments(
         x,
         None if spectrum is None else _check_spectrum(spectrum, x),
-        y_gain if y_gain.dim() == 3 else y_gain[None],
-        x_gain if x_gain.dim() == 3 else x_gain[None],
+        y_gain,
+        x_gain,
     )
 
 

@@ -19,7 +19,7 @@ def spectral_gain2d(arguments: Arguments) -> Tensor:
     image, spectrum, gain_y, gain_x = arguments
     x = dct2(image) if spectrum is None else spectrum
     gain = 1 + gain_y.mT @ gain_x
-    y = _basis(x.shape[-2], x).mT @ (gain[:, None] * x) @ _basis(x.shape[-1], x)
+    y = _basis(x.shape[-2], x).mT @ (gain.unsqueeze(-3) * x) @ _basis(x.shape[-1], x)
     return y.to(image.dtype)
 
 

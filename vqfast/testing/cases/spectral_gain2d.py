@@ -39,4 +39,5 @@ OPERATOR = OperatorCases(
         _case("several_tasks", (2, 3, 84, 100), 4),
         _case("empty_batch", (0, 3, 8, 8), 1),
     ),
+    benchmarks=(_case("1x3x336x336-r4", (1, 3, 336, 336), 4),),
 )
