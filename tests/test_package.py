@@ -30,7 +30,6 @@ def test_automatic_choice_takes_the_kernel_and_float64_the_reference(require_bac
     require_backend("cpu", "softmax_entropy")
     assert backends.choose("softmax_entropy", "cpu", torch.float32, None) == "cpu"
     assert backends.choose("softmax_entropy", "cpu", torch.float64, None) == "reference"
-    assert backends.choose("lora_linear", "cpu", torch.float32, None) == "reference"
 
 
 def test_backend_block_nests_and_ends(require_backend):

@@ -285,7 +285,7 @@ PlaneSums rank1_sums(const Arguments& a, int64_t plane, const std::vector<double
 }
 
 // Lags above this are halved as below; a whole number of halvings, so that no lag is computed in vain.
-constexpr int64_t kDirectLags = 4;
+constexpr int64_t kDirectLags = 8;
 
 int64_t halvings(int64_t lags) {
   int64_t n = 0;
