@@ -38,6 +38,7 @@ constexpr int64_t kBlockRows = 16;           // rows filtered along x before the
 constexpr int64_t kStripFloats = 6 << 10;    // of these rows: 24 KB, what a first-level cache of 32 KB has room for
 constexpr int64_t kStripStep = 4 * kLanes;   // columns that the loops take at once
 constexpr int64_t kBandRows = 32;            // rows of one task of the gradient, summed in fp32
+constexpr int64_t kFlushRows = 8;            // of these, as many as rank 1 sums in fp32
 constexpr int64_t kMinTaskPixels = 1 << 14;  // below it a second thread costs more than it saves
 constexpr int64_t kMaxTaps = 31;
 
@@ -192,7 +193,13 @@ void filter_rows(const Arguments& a, int64_t plane, int64_t first, int64_t last,
     const bool in_place = std::is_same_v<T, float> && columns == width;
     filter_strip(
         taps_x, a.rank, a.taps, width, first, last,
-        [&](int64_t y) { return a.padded_row(pixels, y, left, width, padded.data()); },
+        [&](int64_t y) {
+          // A strip jumps from row to row, which hardware does not foresee.
+          const int64_t ahead = std::min(y + kBlockRows, a.height - 1) * a.width + left;
+          for (int64_t x = 0; x < columns; x += 64 / sizeof(T))
+            __builtin_prefetch(pixels + ahead + x), __builtin_prefetch(result + ahead + x, 1);
+          return a.padded_row(pixels, y, left, width, padded.data());
+        },
         [&](int64_t y, int64_t count, const float* in) {
           const float* image[2];
           float* out[2];
@@ -249,9 +256,15 @@ struct PlaneSums {
   double filtered, centre, total;  // <G, K>, G[p, p], sum g
 };
 
-// Lane sums of one task become doubles, so that no long sum is kept in fp32.
-void flush(const std::vector<float>& lanes, double* sums) {
-  for (size_t i = 0; i < lanes.size(); ++i) sums[i / kLanes] += lanes[i];
+// Moves the sums of a few rows, lanes apart, to doubles: no long sum is kept in fp32.
+void flush(std::vector<float>& lanes, double* sums) {
+  for (size_t i = 0; i < lanes.size(); i += kLanes) {
+    float part[kLanes / 2];
+    for (int64_t j = 0; j < kLanes / 2; ++j) part[j] = lanes[i + j] + lanes[i + j + kLanes / 2];
+    sums[i / kLanes] +=
+        double(part[0] + part[4]) + double(part[1] + part[5]) + double(part[2] + part[6]) + double(part[3] + part[7]);
+  }
+  std::fill(lanes.begin(), lanes.end(), 0.f);
 }
 
 // Rank 1: du, dv, G[p, p] and sum g of every (plane, band of padded rows), without G.
@@ -272,6 +285,7 @@ void rank1_band(const Arguments& a, int64_t plane, int64_t band, const T* pixels
       meeting[i] = y - i >= 0 && y - i < a.height ? g.data + (y - i - first) * g.stride : zeros.data();
     VQ_CALL(rank1_row, meeting, a.padded_row(pixels, y - a.radius, 0, width, padded.data()), u, v, k, width,
             lanes.data());
+    if ((y - begin) % kFlushRows == kFlushRows - 1) flush(lanes, sums);
   }
   flush(lanes, sums);
 }
