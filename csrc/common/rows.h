@@ -4,12 +4,26 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
+#include <vector>
 
 namespace vqfast {
 
 constexpr int64_t kLanes = 16;  // floats of a Vec: one register of AVX-512, two of AVX2, four of SSE or NEON
 
 inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Scratch memory that starts on a cache line: a load of a whole vector then never touches two.
+template <class T>
+struct CacheLineAllocator {
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const CacheLineAllocator&) const { return true; }
+};
+
+template <class T>
+using Buffer = std::vector<T, CacheLineAllocator<T>>;
 
 inline void load_row(const float* source, float* row, int64_t n) { std::memcpy(row, source, n * sizeof(float)); }
 inline void store_row(const float* row, float* target, int64_t n) { std::memcpy(target, row, n * sizeof(float)); }

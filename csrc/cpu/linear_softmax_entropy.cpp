@@ -44,8 +44,8 @@ namespace {
 template <class T>
 void add_slice(const T* w, const T* bias, int64_t rows, int64_t depth, int64_t positions, const float* h, int64_t width,
                bool gradient, Sums sums) {
-  static thread_local std::vector<T> padded;
-  static thread_local std::vector<float> copy;
+  static thread_local Buffer<T> padded;
+  static thread_local Buffer<float> copy;
   copy.resize(std::is_same_v<T, float> ? 0 : kBlock * width);
   for (int64_t r = 0; r < rows; r += kBlock) {
     const int64_t count = std::min(kBlock, rows - r);
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> linear_softmax_entropy_fwd(const Tensor& hidden_, con
   const int64_t slices = (classes + slice_rows - 1) / slice_rows;
   const int64_t group =
       std::clamp<int64_t>(kSumsBytes / (slices * std::max<int64_t>(1, row_sums) * sizeof(float)), 1, kMaxPositions);
-  std::vector<float> h(group * width), rows(slices * group * row_sums);
+  Buffer<float> h(group * width), rows(slices * group * row_sums);
   std::vector<SoftmaxSums> softmax(slices * group);
   for_activation_dtype(hidden, "hidden", [&](auto element) {
     using T = decltype(element);

@@ -42,7 +42,7 @@ class Rows {
  private:
   T* tensor_;
   int64_t rows_, width_;
-  std::vector<T> copy_;
+  Buffer<T> copy_;
 
  public:
   int64_t stride;
@@ -97,9 +97,9 @@ struct Arguments {
   }
 
   // s B^T of every sample, [samples][r][whole vectors of N].
-  std::vector<float> scaled_b() const {
+  Buffer<float> scaled_b() const {
     const int64_t stride = whole_vectors(outputs);
-    std::vector<float> result(samples * rank * stride);
+    Buffer<float> result(samples * rank * stride);
     const float* b = lora_b.const_data_ptr<float>();
     torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s)
@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
     const Rows<T> in(const_cast<T*>(a.x.template const_data_ptr<T>()), a.rows, a.inputs);
     const Rows<T> out(y.template mutable_data_ptr<T>(), a.rows, a.outputs);
     const Rows<float> factors(const_cast<float*>(a.lora_a.const_data_ptr<float>()), a.samples * a.rank, a.inputs);
-    const std::vector<float> b = a.scaled_b();
+    const Buffer<float> b = a.scaled_b();
     a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
       VQ_CALL(shrink, in.row(m), in.stride, rows, factors.row(sample * a.rank), factors.stride, a.rank, in.stride,
               shrunk + m * a.rank);
@@ -179,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Te
     const Rows<T> dy(const_cast<T*>(grad.const_data_ptr<T>()), a.rows, a.outputs);
     const Rows<T> dx(x_grad ? d_x.template mutable_data_ptr<T>() : nullptr, x_grad ? a.rows : 0, a.inputs);
     const Rows<float> factors(const_cast<float*>(a.lora_a.const_data_ptr<float>()), a.samples * a.rank, a.inputs);
-    const std::vector<float> b = a.scaled_b();
-    std::vector<float> ds(a.rows * a.rank);
+    const Buffer<float> b = a.scaled_b();
+    Buffer<float> ds(a.rows * a.rank);
     a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
       float* own = ds.data() + m * a.rank;
       VQ_CALL(shrink, dy.row(m), dy.stride, rows, &b[sample * a.rank * dy.stride], dy.stride, a.rank, dy.stride, own);
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Te
 
     // Every task owns some columns of dA or dB and walks over all rows, so the order of a sum is always the same.
     const Rows<float> da(d_a.mutable_data_ptr<float>(), a.samples * a.rank, a.inputs);
-    std::vector<float> db(a.samples * a.rank * dy.stride);
+    Buffer<float> db(a.samples * a.rank * dy.stride);
     const float* shrunk = t.const_data_ptr<float>();
     constexpr int64_t kColumns = 4 * kLanes;
     const int64_t tasks_a = (in.stride + kColumns - 1) / kColumns,

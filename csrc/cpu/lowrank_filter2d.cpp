@@ -164,7 +164,7 @@ struct Arguments {
 template <class Padded, class Emit>
 void filter_strip(const float* taps_x, int64_t rank, int64_t k, int64_t width, int64_t first, int64_t last,
                   Padded padded, Emit emit) {
-  static thread_local std::vector<float> filtered;
+  static thread_local Buffer<float> filtered;
   const int64_t halo = k - 1, row_size = rank * width;
   filtered.resize((halo + kBlockRows) * row_size);
   for (int64_t y = first; y < last; y += kBlockRows) {
@@ -183,7 +183,7 @@ int64_t strip_width(int64_t rank, int64_t k) {
 
 template <class T>
 void filter_rows(const Arguments& a, int64_t plane, int64_t first, int64_t last, const T* pixels, T* result) {
-  static thread_local std::vector<float> padded, rows;
+  static thread_local Buffer<float> padded, rows;
   const float *taps_x = a.plane_taps(a.taps_x, plane), *taps_y = a.plane_taps(a.taps_y, plane);
   const Tone tone = a.tone(plane);
   const int64_t strip = strip_width(a.rank, a.taps);
@@ -241,7 +241,7 @@ Tensor lowrank_filter2d_fwd(const Tensor& image, const Tensor& taps_y, const Ten
 // Rows [first, last) of a plane of gradients as fp32 rows of whole vectors with zeros behind; in place where they are
 // that.
 template <class T>
-Rows gradient_rows(const Arguments& a, const T* plane, int64_t first, int64_t last, std::vector<float>& buffer) {
+Rows gradient_rows(const Arguments& a, const T* plane, int64_t first, int64_t last, Buffer<float>& buffer) {
   if constexpr (std::is_same_v<T, float>)
     if (a.width % kLanes == 0) return {plane + first * a.width, a.width};
   const int64_t stride = whole_vectors(a.width);
@@ -257,7 +257,7 @@ struct PlaneSums {
 };
 
 // Moves the sums of a few rows, lanes apart, to doubles: no long sum is kept in fp32.
-void flush(std::vector<float>& lanes, double* sums) {
+void flush(Buffer<float>& lanes, double* sums) {
   for (size_t i = 0; i < lanes.size(); i += kLanes) {
     float part[kLanes / 2];
     for (int64_t j = 0; j < kLanes / 2; ++j) part[j] = lanes[i + j] + lanes[i + j + kLanes / 2];
@@ -272,7 +272,7 @@ constexpr int64_t rank1_size(int64_t k) { return 2 * k + 2; }
 
 template <class T>
 void rank1_band(const Arguments& a, int64_t plane, int64_t band, const T* pixels, const T* grads, double* sums) {
-  static thread_local std::vector<float> padded, rows, lanes, zeros;
+  static thread_local Buffer<float> padded, rows, lanes, zeros;
   const int64_t k = a.taps, width = whole_vectors(a.width);
   const int64_t begin = band * kBandRows, end = std::min(begin + kBandRows, a.height + k - 1);  // padded rows
   const int64_t first = std::max<int64_t>(0, begin - k + 1), last = std::min(end, a.height);    // rows of g they meet
@@ -347,7 +347,7 @@ constexpr int64_t correlation_size(int64_t k) { return k * k + 1; }
 
 template <class T>
 void correlation_band(const Arguments& a, int64_t plane, int64_t band, const T* pixels, const T* grads, double* sums) {
-  static thread_local std::vector<float> padded, rows, lanes, scratch;
+  static thread_local Buffer<float> padded, rows, lanes, scratch;
   const int64_t k = a.taps, first = band * kBandRows, last = std::min(first + kBandRows, a.height);
   const int64_t multiple = int64_t{1} << halvings(k), lags = (k + multiple - 1) / multiple * multiple;
   const int64_t count = last - first, width = whole_vectors(a.width), in_width = whole_vectors(width + k);
@@ -390,8 +390,8 @@ template <class T>
 void image_gradient(const Arguments& a, const T* grads, T* result) {
   torch::stable::parallel_for(0, a.planes(), a.grain(a.height), [&](int64_t begin, int64_t end) {
     const int64_t k = a.taps, area = a.height * a.width, width = whole_vectors(a.width + k - 1);
-    std::vector<float> g(area), adjoint(area), u(a.rank * k), v(a.rank * k), rows(2 * width);
-    std::vector<float> padded(width + k - 1), zeros(width + k - 1);
+    Buffer<float> g(area), adjoint(area), u(a.rank * k), v(a.rank * k), rows(2 * width);
+    Buffer<float> padded(width + k - 1), zeros(width + k - 1);
     for (int64_t plane = begin; plane < end; ++plane) {
       load_row(grads + plane * area, g.data(), area);
       std::fill(adjoint.begin(), adjoint.end(), 0.f);
