@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-TARGETS = ("portable", "avx2", "avx512")  # values of VQFAST_CPU_TARGET, the widest instruction set to use
+TARGETS = ("portable", "avx2", "avx512")  # values of VQFAST_CPU_TARGET: widest instruction set (not of dct.h)
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
 

@@ -48,8 +48,11 @@ VQ_INLINE IntRegister load_16_bits(const void* p) {
 VQ_INLINE void load_into(Register& r, const BFloat16* p) { r = bits<Register>(load_16_bits(p) << 16); }
 
 VQ_INLINE void load_into(Register& r, const Half* p) {
-  const IntRegister h = load_16_bits(p), special = (h & 0x7c00) == 0x7c00;         // infinity, NaN
-  const Register magnitude = bits<Register>((h & 0x7fff) << 13) * fill(0x1p112f);  // right for subnormal numbers too
+  const IntRegister h = load_16_bits(p), exponent = h & 0x7c00, rebased = ((h & 0x7fff) << 13) + (112 << 23);
+  const IntRegister special = exponent == 0x7c00;  // infinity, NaN
+  // A subnormal number of Half, without one of float: those may be flushed to zero.
+  const Register small = bits<Register>(rebased + (1 << 23)) - fill(0x1p-14f);
+  const Register magnitude = exponent == 0 ? small : bits<Register>(rebased);
   r = bits<Register>(bits<IntRegister>(magnitude) | (special & 0x7f800000) | ((h & 0x8000) << 16));
 }
 
@@ -153,7 +156,7 @@ VQ_INLINE Vec broadcast(float x) {
 #endif
 }
 
-VQ_INLINE float horizontal_max(Vec v) {  // NaN is ignored
+VQ_INLINE float horizontal_max(Vec v) {  // any number or NaN where there is a NaN
   float lanes[kLanes];
   store(lanes, v);
   for (int step = kLanes / 2; step > 0; step /= 2)

@@ -87,6 +87,7 @@ std::tuple<Tensor, Tensor> linear_softmax_entropy_fwd(const Tensor& hidden_, con
       std::clamp<int64_t>(kSumsBytes / (slices * std::max<int64_t>(1, row_sums) * sizeof(float)), 1, kMaxPositions);
   Buffer<float> h(group * width), rows(slices * group * row_sums);
   std::vector<SoftmaxSums> softmax(slices * group);
+  std::vector<double> e_w(hidden_grad ? depth : 0), e_cw(e_w.size());
   for_activation_dtype(hidden, "hidden", [&](auto element) {
     using T = decltype(element);
     const T *w = weight.const_data_ptr<T>(), *b = bias ? bias->const_data_ptr<T>() : nullptr;
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor> linear_softmax_entropy_fwd(const Tensor& hidden_, con
       });
       for (int64_t p = 0; p < count; ++p) {
         const SoftmaxSums& top = largest(softmax.data() + p, slices, group);
-        std::vector<double> e_w(hidden_grad ? depth : 0), e_cw(e_w.size());
+        std::fill(e_w.begin(), e_w.end(), 0.0), std::fill(e_cw.begin(), e_cw.end(), 0.0);
         double total = 0.0, moment = 0.0;
         for (int64_t s = 0; s < slices; ++s) {
           const Rescaled part(softmax[s * group + p], top.max, top.centre);

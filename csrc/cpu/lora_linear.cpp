@@ -86,9 +86,10 @@ struct Arguments {
       STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.numel() == samples + 1,
                       "row_offsets must be int32 [B + 1]");
       const int32_t* at = offsets.const_data_ptr<int32_t>();
-      for (int64_t s = 0; s < samples; ++s) {  // never outside x, whatever the offsets say
-        const int64_t begin = std::clamp<int64_t>(at[s], 0, rows);
-        runs.push_back({s, begin, std::clamp<int64_t>(at[s + 1], begin, rows)});
+      for (int64_t s = 0, last = 0; s < samples; ++s) {  // in x and apart, whatever the offsets say
+        const int64_t begin = std::clamp<int64_t>(at[s], last, rows);
+        last = std::clamp<int64_t>(at[s + 1], begin, rows);
+        runs.push_back({s, begin, last});
       }
     } else {
       STD_TORCH_CHECK(samples == 1 || (x.dim() == 3 && x.size(0) == samples), "x must be [B, M, K]");
@@ -151,8 +152,8 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
     a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
       VQ_CALL(shrink, in.row(m), in.stride, rows, factors.row(sample * a.rank), factors.stride, a.rank, in.stride,
               shrunk + m * a.rank);
-      VQ_CALL(expand, out.row(m), out.stride, rows, shrunk + m * a.rank, a.rank, &b[sample * a.rank * out.stride],
-              out.stride, out.stride);
+      VQ_CALL(expand, out.row(m), out.stride, rows, shrunk + m * a.rank, a.rank,
+              b.data() + sample * a.rank * out.stride, out.stride, out.stride);
     });
     out.write_back();
   });
@@ -183,7 +184,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Te
     Buffer<float> ds(a.rows * a.rank);
     a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
       float* own = ds.data() + m * a.rank;
-      VQ_CALL(shrink, dy.row(m), dy.stride, rows, &b[sample * a.rank * dy.stride], dy.stride, a.rank, dy.stride, own);
+      VQ_CALL(shrink, dy.row(m), dy.stride, rows, b.data() + sample * a.rank * dy.stride, dy.stride, a.rank, dy.stride,
+              own);
       if (x_grad)
         VQ_CALL(expand, dx.row(m), dx.stride, rows, own, a.rank, factors.row(sample * a.rank), factors.stride,
                 dx.stride);
@@ -206,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Te
                   da.row(first) + d, da.stride, std::min(kColumns, in.stride - d));
         else
           VQ_CALL(outer, dy.row(run.begin) + d - tasks_a * kColumns, dy.stride, count, shrunk + run.begin * a.rank,
-                  a.rank, &db[first * dy.stride + d - tasks_a * kColumns], dy.stride,
+                  a.rank, db.data() + first * dy.stride + d - tasks_a * kColumns, dy.stride,
                   std::min(kColumns, dy.stride - (d - tasks_a * kColumns)));
       }
     });

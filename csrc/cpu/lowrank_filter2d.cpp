@@ -95,7 +95,8 @@ struct Arguments {
     STD_TORCH_CHECK(taps_y.dim() == 2 || (taps_y.dim() == 3 && taps_y.size(0) == batch),
                     "taps must be [R, k] or [B, R, k]");
     rank = taps_y.size(-2), taps = taps_y.size(-1), radius = taps / 2;
-    STD_TORCH_CHECK(taps % 2 == 1, "the number of taps must be odd");
+    STD_TORCH_CHECK(rank >= 1, "the rank must be at least 1");
+    STD_TORCH_CHECK(taps % 2 == 1 && taps <= kMaxTaps, "the number of taps must be odd and at most ", kMaxTaps);
     STD_TORCH_CHECK(taps_x.dim() == taps_y.dim() && taps_x.size(0) == taps_y.size(0) && taps_x.size(-2) == rank &&
                         taps_x.size(-1) == taps,
                     "taps_x must have the shape of taps_y");
@@ -405,7 +406,7 @@ void image_gradient(const Arguments& a, const T* grads, T* result) {
           v.data(), a.rank, k, width, -a.radius, a.height + a.radius,
           [&](int64_t y) -> const float* {
             if (y < 0 || y >= a.height) return zeros.data();
-            std::copy_n(&g[y * a.width], a.width, &padded[k - 1]);
+            std::copy_n(g.data() + y * a.width, a.width, padded.data() + k - 1);
             return padded.data();
           },
           [&](int64_t y, int64_t count, const float* in) {
@@ -415,7 +416,7 @@ void image_gradient(const Arguments& a, const T* grads, T* result) {
             for (int64_t i = 0; i < count; ++i) {
               const int64_t target = source_index(y + i, a.height, a.padding);
               if (target < 0) continue;
-              float* row = &adjoint[target * a.width];
+              float* row = adjoint.data() + target * a.width;
               for (int64_t x = -a.radius; x < 0; ++x)
                 if (const int64_t to = source_index(x, a.width, a.padding); to >= 0) row[to] += out[i][x + a.radius];
               for (int64_t x = 0; x < a.width; ++x) row[x] += out[i][x + a.radius];
@@ -438,7 +439,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_filter2d_bwd(
   STD_TORCH_CHECK(grad.scalar_type() == a.image.scalar_type() && grad.numel() == a.image.numel(),
                   "grad must have the shape and dtype of image");
   const int64_t k = a.taps;
-  STD_TORCH_CHECK(k <= kMaxTaps, "at most ", kMaxTaps, " taps");
   // Multiply-adds per pixel: 4 k for rank 1 without G; k^2, less what halving the lags saves, with it.
   const bool rank1 = a.rank == 1 && k > 5;
   const int64_t bands = a.bands(rank1 ? a.height + k - 1 : a.height);

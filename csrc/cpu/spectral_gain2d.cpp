@@ -87,7 +87,7 @@ struct Planes {
   // Calls body(task) for tasks of `pixels` each, in parallel.
   template <class Body>
   void for_tasks(int64_t tasks, int64_t pixels, Body body) const {
-    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kMinTaskPixels / pixels),
+    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kMinTaskPixels / std::max<int64_t>(1, pixels)),
                                 [&](int64_t begin, int64_t end) {
                                   for (int64_t task = begin; task < end; ++task) body(task);
                                 });

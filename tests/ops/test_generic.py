@@ -214,6 +214,19 @@ def test_autocast_policy(op, case, backend, require_backend):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("op", "case", "backend"), [p for p in FIRST_CASE if p.values[2] != "reference"])
+def test_backward_under_autocast_changes_nothing(op, case, backend, require_backend):
+    require_backend(backend, op.name)
+    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    expected = torch.autograd.grad(op.function(**inputs, backend=backend).sum(), leaves)
+    result = op.function(**inputs, backend=backend).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(result, leaves)
+    for grad, other in zip(actual, expected, strict=True):
+        assert torch.equal(grad, other)
+
+
 @pytest.mark.parametrize(("op", "case", "backend"), FIRST_CASE)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_non_finite_input_is_not_hidden(op, case, backend, bad, require_backend):
@@ -228,10 +241,12 @@ def test_non_finite_input_is_not_hidden(op, case, backend, bad, require_backend)
 def test_second_derivative_raises(op, case, backend, require_backend):
     require_backend(backend, op.name)
     inputs = op.inputs(case, torch.float32, requires_grad=True)
-    leaf = inputs[op.differentiable[0]]
-    (grad,) = torch.autograd.grad(op.function(**inputs, backend=backend).sum(), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"{op.name} has no second derivative"):
-        grad.sum().backward()
+    leaves = [inputs[n] for n in op.differentiable if isinstance(inputs.get(n), torch.Tensor)]
+    for first in leaves:
+        for second in leaves:
+            (grad,) = torch.autograd.grad(op.function(**inputs, backend=backend).sum(), first, create_graph=True)
+            with pytest.raises(NotImplementedError, match=f"{op.name} has no second derivative"):
+                torch.autograd.grad(grad.sum(), second)
 
 
 @pytest.mark.parametrize("op", OPERATORS, ids=str)

@@ -78,6 +78,20 @@ def test_without_gradient_none_is_computed(require_backend):
     torch.testing.assert_close(entropy, run(hidden, weight, None, True)[0], rtol=0, atol=0)
 
 
+def test_subnormal_halves_count_even_where_floats_are_flushed(require_backend):
+    require_backend("cpu", "linear_softmax_entropy")
+    weight = torch.zeros(32, 16, dtype=torch.float16)
+    weight[:16] = 2.0**-24
+    assert torch.set_flush_denormal(True)
+    try:
+        actual = ops.linear_softmax_entropy(torch.full((1, 16), 6e4, dtype=torch.float16), weight, backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    logits = torch.zeros(32)
+    logits[:16] = 16 * torch.tensor(6e4).half().item() * 2.0**-24
+    torch.testing.assert_close(actual[0], torch.distributions.Categorical(logits=logits).entropy(), rtol=0, atol=2e-6)
+
+
 def test_a_head_that_learns_is_refused():
     hidden, weight = torch.randn(2, 8), torch.randn(10, 8, requires_grad=True)
     with pytest.raises(ValueError, match=r"weight is frozen .* weight.detach\(\)"):

@@ -110,3 +110,12 @@ def test_contract_fakes(lead, samples):
         grads = torch.ops.vqfast_cpu.lora_linear_bwd(y, x, weight, a, b, t, 1.0, None, True)
     assert (y.shape, t.shape) == ((*lead, N), (*lead, R))
     assert [g.shape for g in grads] == [x.shape, a.shape, b.shape]
+
+
+def test_row_offsets_that_fall_keep_samples_apart(require_backend):
+    """They are not checked, but no row may belong to two samples: two threads would write it."""
+    require_backend("cpu", "lora_linear")
+    x, a, b = torch.randn(64, 256), torch.randn(3, R, 256), torch.randn(3, N, R)
+    offsets = torch.tensor([0, 64, 0, 64], dtype=torch.int32)
+    actual = lora_linear(x, torch.zeros(N, 256), None, a, b, 1.0, row_offsets=offsets, backend="cpu")
+    torch.testing.assert_close(actual, x @ a[0].mT @ b[0].mT, rtol=1e-4, atol=1e-3)

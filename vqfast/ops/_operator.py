@@ -51,6 +51,15 @@ class _FirstOrder(torch.autograd.Function):
         )
 
 
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, a repeated one as a view: torch.compile takes no tensor twice in one autograd.Function."""
+    result: list[Tensor | None] = []
+    for i, tensor in enumerate(tensors):
+        repeated = tensor is not None and any(tensor is other for other in tensors[:i])
+        result.append(tensor.view_as(tensor) if repeated and tensor is not None else tensor)
+    return result
+
+
 def autocast_cast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors cast as autocast casts the arguments of a matrix product; unchanged where autocast is off.
 

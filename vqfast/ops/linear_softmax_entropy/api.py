@@ -28,8 +28,9 @@ def linear_softmax_entropy(
     Returns:
         [N], float32 (float64 for float64 input). Under autocast hidden, weight and bias are cast as for
         `torch.nn.functional.linear`; the entropy stays float32. Differentiable in hidden, once (twice on the reference
-        backend). Deterministic. The compiled kernel reads the weight once for value and gradient, keeps at most 8 MB
-        beside its inputs and outputs, and never stores the logits.
+        backend). Deterministic. The compiled kernel never stores the logits: up to 8 positions at a time share one
+        read of the weight for value and gradient, with scratch memory of about 4 MB (more for D above 16384) whatever V
+        is; [N, D] float32 is kept for backward.
 
     Raises:
         TypeError: a dtype outside those above, or hidden and weight of different dtypes.
@@ -45,20 +46,23 @@ def linear_softmax_entropy(
     if chosen == "reference":
         with torch.autocast(device, enabled=False):
             return reference.linear_softmax_entropy(hidden, weight, bias)
-    return _LinearSoftmaxEntropy.apply(chosen, hidden, weight, bias)  # type: ignore[no-any-return]
+    needs_grad = hidden.requires_grad and torch.is_grad_enabled()
+    return _LinearSoftmaxEntropy.apply(chosen, hidden, weight, bias, needs_grad)  # type: ignore[no-any-return]
 
 
 class _LinearSoftmaxEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: bool
+    ) -> Tensor:
         run = kernel(backend, "linear_softmax_entropy_fwd")
-        entropy, hidden_grad = run(hidden, weight, bias, ctx.needs_input_grad[1])
+        entropy, hidden_grad = run(hidden, weight, bias, needs_grad)
         ctx.save_for_backward(hidden, hidden_grad)
         return entropy  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        return None, first_order(_chain, "linear_softmax_entropy", grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
+        return None, first_order(_chain, "linear_softmax_entropy", grad, *ctx.saved_tensors), None, None, None
 
 
 def _chain(grad: Tensor, hidden: Tensor, hidden_grad: Tensor) -> Tensor:

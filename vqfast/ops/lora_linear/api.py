@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import autocast_cast, check_activation, first_order, kernel
+from vqfast.ops._operator import autocast_cast, check_activation, distinct, first_order, kernel
 from vqfast.ops.lora_linear import contract, reference
 
 
@@ -35,12 +35,13 @@ def lora_linear(
             beside float64 x), r at most 64. Gradients come back in their dtype.
         scaling: alpha / r, a Python number.
         row_offsets: int32 [B + 1], rising from 0 to T: rows offsets[i] to offsets[i + 1] belong to sample i. Its values
-            are not read back, hence not checked.
+            are not checked: a device would have to wait for them.
         backend: one of `vqfast.backends.BACKENDS`; None takes the compiled kernel where there is one.
 
     Returns:
         [..., N] in the dtype of x. Under autocast x, weight and bias are cast as for `torch.nn.functional.linear`.
-        Differentiable in x, lora_a and lora_b. Deterministic.
+        Differentiable once in x, lora_a and lora_b (twice on the
+        reference backend). Deterministic.
 
     Raises:
         TypeError: a dtype outside those above, or x and weight of different dtypes.
@@ -56,7 +57,7 @@ def lora_linear(
     if chosen == "reference":
         with torch.autocast(device, enabled=False):
             return reference.lora_linear(x, weight, bias, lora_a, lora_b, scaling, row_offsets)
-    return _LoRALinear.apply(chosen, x, weight, bias, lora_a, lora_b, scaling, row_offsets)  # type: ignore[no-any-return]
+    return _LoRALinear.apply(chosen, x, weight, bias, *distinct(lora_a, lora_b), scaling, row_offsets)  # type: ignore[no-any-return]
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -81,7 +82,8 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, t, row_offsets = ctx.saved_tensors
         run, x_grad = kernel(ctx.backend, "lora_linear_bwd"), ctx.needs_input_grad[1]
-        dx, da, db = first_order(
-            run, "lora_linear", grad, x, weight, lora_a, lora_b, t, ctx.scaling, row_offsets, x_grad
-        )
+        with torch.autocast(grad.device.type, enabled=False):  # of the vendor's product inside
+            dx, da, db = first_order(
+                run, "lora_linear", grad, x, weight, lora_a, lora_b, t, ctx.scaling, row_offsets, x_grad
+            )
         return None, dx if x_grad else None, None, None, da, db, None, None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -39,8 +37,8 @@ def check(
         raise ValueError(
             f"lora_b must be {[*a.shape[:-2], outputs, rank]} beside lora_a {list(a.shape)}; got {list(b.shape)}"
         )
-    if not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
-        raise ValueError(f"scaling must be a finite Python number; got {scaling!r}")
+    if not isinstance(scaling, (int, float)) or not abs(scaling) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scaling must be a finite Python number, within float32; got {scaling!r}")
     if row_offsets is not None:
         if not isinstance(row_offsets, Tensor):
             raise TypeError(f"row_offsets must be a torch.Tensor; got {type(row_offsets).__name__}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import first_order, kernel
+from vqfast.ops._operator import distinct, first_order, kernel
 from vqfast.ops.lowrank_filter2d import contract, reference
 
 
@@ -28,8 +28,9 @@ def lowrank_filter2d(
         K = sum_r u_r v_r^T,    F = K * image (depthwise cross-correlation, as conv2d)
         y = gain (image + mix (F - image)) + bias
 
-    with u_r = `taps_y[r]` (vertical) and v_r = `taps_x[r]` (horizontal). At mix 0, gain 1 and bias 0 the output is the
-    image, bit for bit, if its pixels are finite.
+    with u_r = `taps_y[r]` (vertical) and v_r = `taps_x[r]` (horizontal). At mix 0, gain 1 and bias 0 the output equals
+    the image if its pixels and F are finite. Where pixels or gradients are not, or come near the largest float32,
+    gradients of parameters may be NaN.
 
     Args:
         image: [B, C, H, W]; float32, float16, bfloat16, or float64 (reference backend). Any value range.
@@ -57,7 +58,7 @@ def lowrank_filter2d(
     if chosen == "reference":
         with torch.autocast(image.device.type, enabled=False):
             return reference.lowrank_filter2d(arguments)
-    return _LowRankFilter2d.apply(chosen, *arguments)  # type: ignore[no-any-return]
+    return _LowRankFilter2d.apply(chosen, *distinct(*arguments[:-1]), arguments.padding)  # type: ignore[no-any-return]
 
 
 class _LowRankFilter2d(torch.autograd.Function):

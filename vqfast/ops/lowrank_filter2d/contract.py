@@ -44,8 +44,6 @@ def check(
         raise ValueError(f"taps_y must be [R, k] or [B, R, k] with B = {batch}; got {list(y_taps.shape)}")
     if x_taps.shape != y_taps.shape:
         raise ValueError(f"taps_x must have the shape of taps_y, {list(y_taps.shape)}; got {list(x_taps.shape)}")
-    if x_taps is y_taps:
-        x_taps = x_taps.view_as(x_taps)  # torch.compile takes no tensor twice in one autograd.Function
     rank, taps = y_taps.shape[-2:]
     if taps % 2 == 0 or taps > MAX_TAPS:
         raise ValueError(f"the number of taps k must be odd and at most {MAX_TAPS}; got {taps}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqfast import backends
-from vqfast.ops._operator import first_order, kernel
+from vqfast.ops._operator import distinct, first_order, kernel
 from vqfast.ops.spectral_gain2d import contract, reference
 
 
@@ -53,23 +53,23 @@ def spectral_gain2d(
     if chosen == "reference":
         with torch.autocast(image.device.type, enabled=False):
             return reference.spectral_gain2d(arguments)
-    return _SpectralGain2d.apply(chosen, *arguments)  # type: ignore[no-any-return]
+    return _SpectralGain2d.apply(chosen, *distinct(*arguments))  # type: ignore[no-any-return]
 
 
 class _SpectralGain2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, image: Tensor, spectrum: Tensor | None, *gains: Tensor) -> Tensor:
         y, own_spectrum = kernel(backend, "spectral_gain2d_fwd")(image, spectrum, *gains)
-        ctx.save_for_backward(own_spectrum if spectrum is None else spectrum, *gains)
+        ctx.save_for_backward(image, own_spectrum if spectrum is None else spectrum, *gains)
         ctx.backend = backend
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = kernel(ctx.backend, "spectral_gain2d_bwd")
-        image_grad = ctx.needs_input_grad[1]
-        image, *gains = first_order(run, "spectral_gain2d", grad, *ctx.saved_tensors, image_grad)
-        return None, image if image_grad else None, None, *gains
+        run, image_grad = kernel(ctx.backend, "spectral_gain2d_bwd"), ctx.needs_input_grad[1]
+        image, *saved = ctx.saved_tensors  # the image itself only so that a second derivative in it raises, too
+        d_image, *d_gains = first_order(lambda _, *args: run(*args), "spectral_gain2d", image, grad, *saved, image_grad)
+        return None, d_image if image_grad else None, None, *d_gains
 
 
 def dct2(image: Tensor, *, backend: str | None = None) -> Tensor:

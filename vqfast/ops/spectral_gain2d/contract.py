@@ -31,8 +31,6 @@ def check(image: object, gain_y: object, gain_x: object, spectrum: object) -> Ar
         raise ValueError(
             f"gain_x must be {[*y_gain.shape[:-1], width]}, as gain_y with W = {width}; got {list(x_gain.shape)}"
         )
-    if x_gain is y_gain:
-        x_gain = x_gain.view_as(x_gain)  # torch.compile takes no tensor twice in one autograd.Function
     rank = y_gain.shape[-2]
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"the rank R must be 1 to {MAX_RANK}; got {rank}")

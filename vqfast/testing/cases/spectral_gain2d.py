@@ -38,6 +38,7 @@ OPERATOR = OperatorCases(
         _case("one_pixel", (2, 2, 1, 1), 1),
         _case("several_tasks", (2, 3, 84, 100), 4),
         _case("empty_batch", (0, 3, 8, 8), 1),
+        _case("no_channels", (1, 0, 4, 6), 1),
     ),
     benchmarks=(_case("1x3x336x336-r4", (1, 3, 336, 336), 4),),
 )
