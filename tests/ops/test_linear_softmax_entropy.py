@@ -69,6 +69,14 @@ def test_non_finite_weights_are_not_hidden(bad, row, require_backend):
     assert ops.linear_softmax_entropy(torch.ones(2, 16), weight, backend="cpu").isnan().all()
 
 
+def test_nothing_of_an_earlier_call_is_left(require_backend):
+    """Rows that are no whole vectors pass through memory that every call of the thread shares."""
+    require_backend("cpu", "linear_softmax_entropy")
+    ops.linear_softmax_entropy(torch.ones(1, 30), torch.full((333, 30), torch.nan), backend="cpu")
+    _, grad = value_and_gradient(torch.ones(1, 20), torch.randn(39, 20), None, "cpu")
+    assert grad.isfinite().all()
+
+
 def test_without_gradient_none_is_computed(require_backend):
     require_backend("cpu", "linear_softmax_entropy")
     run = torch.ops.vqfast_cpu.linear_softmax_entropy_fwd

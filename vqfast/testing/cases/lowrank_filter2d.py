@@ -47,6 +47,8 @@ OPERATOR = OperatorCases(
         _case("k1", (2, 1, 5, 4), 1, 1, tone="scalar"),
         _case("k5r4_two_bands", (1, 2, 33, 70), 5, 4, tone="sample"),
         _case("k15_largest_halo", (1, 1, 8, 8), 15, 1),
+        _case("k15r2_lags_halved", (1, 2, 36, 20), 15, 2),
+        _case("k31r3_lags_halved_twice", (2, 1, 32, 33), 31, 3, own=True),
         _case("replicate_smaller_than_halo", (1, 2, 3, 2), 9, 2, padding="replicate"),
         _case("b2c3_own_sample_tone", (2, 3, 6, 7), 3, 1, own=True, tone="sample"),
         _case("b2c3_own_channel_tone", (2, 3, 6, 7), 3, 1, own=True, tone="channel"),
