@@ -25,8 +25,11 @@ constexpr int64_t kMaxRank = 64;
 template <class T>
 class Rows {
  public:
+  int64_t stride;
+  T* data;
+
   Rows(T* tensor, int64_t rows, int64_t width)
-      : tensor_(tensor), rows_(rows), width_(width), stride(whole_vectors(width)), data(tensor) {
+      : stride(whole_vectors(width)), data(tensor), tensor_(tensor), rows_(rows), width_(width) {
     if (stride == width) return;
     copy_.assign(rows * stride, T(0.f));
     for (int64_t m = 0; m < rows; ++m) std::copy_n(tensor + m * width, width, copy_.data() + m * stride);
@@ -43,10 +46,6 @@ class Rows {
   T* tensor_;
   int64_t rows_, width_;
   Buffer<T> copy_;
-
- public:
-  int64_t stride;
-  T* data;
 };
 
 // Consecutive rows of one sample.

@@ -1,7 +1,6 @@
 // Loops of lora_linear over rows (common/each_target.h).
 
-// out[row][rank] = <x[row], factors[rank]> for Count rows of x and Ranks factors, Count * Ranks = kLanes; `filled`
-// values of the last vector exist
+// out[row][rank] = <x[row], factors[rank]> for Count rows of x and Ranks factors, at most kLanes sums
 template <int Count, int Ranks, class T>
 VQ_INLINE void shrink_tile(const T* x, int64_t x_stride, const float* factors, int64_t stride, int64_t width,
                            float* out, int64_t out_stride) {

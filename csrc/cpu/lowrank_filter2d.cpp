@@ -296,7 +296,8 @@ PlaneSums rank1_sums(const Arguments& a, int64_t plane, const std::vector<double
   const int64_t k = a.taps;
   const auto d_v = sums.begin() + k;
   PlaneSums out{{sums.begin(), d_v}, {d_v, d_v + k}, 0.0, sums[2 * k], sums[2 * k + 1]};
-  for (int64_t i = 0; i < k; ++i) out.filtered += double(a.plane_taps(a.taps_y, plane)[i]) * out.d_u[i];
+  const float* u = a.plane_taps(a.taps_y, plane);
+  for (int64_t i = 0; i < k; ++i) out.filtered += double(u[i]) * out.d_u[i];
   return out;
 }
 
