@@ -42,7 +42,7 @@ def names(option: str, values: list[str], known: tuple[str, ...] | list[str]) ->
 
 
 def pytest_report_header() -> str:
-    reason = _native.load()
+    reason = _native.load("cpu")
     native = "compiled kernels" if reason is None else f"the reference is timed as ours: {reason}"
     return f"vqfast: {machine.device()}, {native}"
 

@@ -68,7 +68,7 @@ def rows(
     return [Row(benchmark, case, dtype, direction, name) for name in names]
 
 
-def available(op: OperatorCases, dtype: torch.dtype) -> list[str]:
+def available(op: OperatorCases, dtype: torch.dtype, device: str = "cpu") -> list[str]:
     """The backends that run `op` here, the one that vqfast chooses first."""
-    native = [name for name in backends.NATIVE if backends.unavailable(name, op.name, "cpu", dtype) is None]
+    native = [name for name in backends.NATIVE if backends.unavailable(name, op.name, device, dtype) is None]
     return [*native, "reference"]

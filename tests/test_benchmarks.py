@@ -81,7 +81,7 @@ def test_a_recorded_row_has_exactly_the_fields(session):
 
 def test_header_names_what_stands_for_vqfast(session, monkeypatch):
     assert f"vqfast: {machine.device()}" in session[0]
-    monkeypatch.setattr(conftest._native, "load", lambda: "not built")
+    monkeypatch.setattr(conftest._native, "load", lambda _: "not built")
     assert conftest.pytest_report_header().endswith("the reference is timed as ours: not built")
 
 

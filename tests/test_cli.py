@@ -333,7 +333,7 @@ def test_env():
     assert (result.exit_code, result.stderr) == (0, "")
     words = result.stdout.split()
     assert words[words.index("torch") + 1] == torch.__version__
-    assert {"python", "cuda", "transformers", "compiled", *vqfast.ops.__all__} <= set(words)
+    assert {"python", "cuda", "transformers", "triton", *vqfast.ops.__all__} <= set(words)
 
 
 def test_env_json():
@@ -342,7 +342,7 @@ def test_env_json():
     info = json.loads(result.stdout)
     expected = vqfast.build_info()
     assert info["versions"].items() >= expected["versions"].items()
-    assert {name: info[name] for name in ("native", "operators")} == {n: expected[n] for n in ("native", "operators")}
+    assert {name: info[name] for name in ("backends", "operators")} == {n: expected[n] for n in ("backends", "operators")}
     assert {"transformers", "pillow"} <= set(info["versions"])
 
 

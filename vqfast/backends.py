@@ -13,9 +13,12 @@ import torch
 
 from vqfast import _native
 
-# name -> (device it runs on, dtypes it takes). "reference" is plain PyTorch and runs everywhere.
-NATIVE: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
-    "cpu": ("cpu", (torch.float32, torch.float16, torch.bfloat16)),
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# name -> device it runs on, in order of preference there. "reference" is plain PyTorch and runs everywhere.
+NATIVE = {
+    "cpu": "cpu",
+    "cuda": "cpu" if _native.EMULATED else "cuda",
+    "triton": "cpu" if _native.INTERPRETED else "cuda",
 }
 BACKENDS = ("reference", *NATIVE)
 OPERATORS: list[str] = []  # filled by vqfast.ops as operators are defined
@@ -52,23 +55,21 @@ def backend(name: str | None) -> Iterator[None]:
 
 def unavailable(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
     """Why native backend `name` cannot run `operator` on `device` with activations of `dtype`; None if it can."""
-    needs_device, dtypes = NATIVE[name]
-    if device != needs_device:
-        return f"backend {name!r} runs on {needs_device} tensors, the input is on {device}"
-    if (reason := _native.load()) is not None:
+    if (reason := _native.load(name)) is not None:
         return reason
+    if device != NATIVE[name]:
+        return f"backend {name!r} runs on {NATIVE[name]} tensors, the input is on {device}"
     if not _has_kernel(name, operator):
         return f"{operator} has no {name} kernel"
-    if dtype not in dtypes:
-        return f"backend {name!r} takes {', '.join(map(str, dtypes))}; got {dtype}"
+    if dtype not in DTYPES:
+        return f"backend {name!r} takes {', '.join(map(str, DTYPES))}; got {dtype}"
     return None
 
 
 @functools.cache
 def _has_kernel(name: str, operator: str) -> bool:
-    """Whether the loaded library implements `operator` for native backend `name`."""
-    kernel = f"vqfast_{name}::{operator}_fwd"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(kernel, NATIVE[name][0].upper())
+    """Whether native backend `name`, loaded, implements `operator`."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"vqfast_{name}::{operator}_fwd", NATIVE[name].upper())
 
 
 def choose(operator: str, device: str, dtype: torch.dtype, requested: str | None) -> str:
@@ -81,7 +82,7 @@ def choose(operator: str, device: str, dtype: torch.dtype, requested: str | None
     name = requested if requested is not None else _selected.get()
     if name is None:
         for candidate in NATIVE:
-            if unavailable(candidate, operator, device, dtype) is None:
+            if NATIVE[candidate] == device and unavailable(candidate, operator, device, dtype) is None:
                 return candidate
         return "reference"
     _check_name(name)
@@ -99,7 +100,7 @@ def build_info() -> dict[str, object]:
     """What is installed and compiled, and which backend each operator takes on each device, and why.
 
     Returns:
-        `versions`: name -> version. `native`: None if the compiled library is loaded, else the reason it is not.
+        `versions`: name -> version. `backends`: name -> None if its kernels are loaded, else the reason they are not.
         `operators`: operator -> device -> {"backend", "why"} for float32 activations.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -111,7 +112,7 @@ def build_info() -> dict[str, object]:
             "python": platform.python_version(),
             "machine": platform.machine(),
         },
-        "native": _native.load(),
+        "backends": {name: _native.load(name) for name in NATIVE},
         "operators": {op: {device: _explain(op, device) for device in devices} for op in OPERATORS},
     }
 
@@ -120,5 +121,9 @@ def _explain(operator: str, device: str) -> dict[str, str]:
     chosen = choose(operator, device, torch.float32, None)
     if chosen != "reference":
         return {"backend": chosen, "why": "compiled kernel loaded" if _selected.get() is None else "vqfast.backend()"}
-    reasons = [reason for name in NATIVE if (reason := unavailable(name, operator, device, torch.float32))]
+    reasons = [
+        f"{name}: {reason}"
+        for name, runs_on in NATIVE.items()
+        if runs_on == device and (reason := unavailable(name, operator, device, torch.float32))
+    ]
     return {"backend": chosen, "why": "; ".join(reasons)}

@@ -92,8 +92,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     if as_json:
         print(json.dumps(info, indent=2))
         return
-    for name, value in (*info["versions"].items(), ("compiled", info["native"] or "loaded")):
-        out.print(f"{name:<13} {'none' if value is None else value}", soft_wrap=True)
+    kernels = {f"{name} kernels": reason or "loaded" for name, reason in info["backends"].items()}
+    for name, value in (info["versions"] | kernels).items():
+        out.print(f"{name:<14} {'none' if value is None else value}", soft_wrap=True)
     table = Table("operator", "device", "backend", "why", box=None, pad_edge=False)
     for operator, devices in info["operators"].items():
         for device, choice in devices.items():

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqfast import backends
 from vqfast.testing.cases import Case, OperatorCases, all_operators
+from vqfast.testing.here import device, missing, tested
 from vqfast.testing.tolerances import assert_close_to_exact
 
 OPERATORS = all_operators()
@@ -14,14 +15,15 @@ ON_BACKENDS = [
     pytest.param(op, case, backend, id=f"{op}-{case}-{backend}")
     for op in OPERATORS
     for case in op.cases
-    for backend in ("reference", *op.kernels)
+    for backend in ("reference", *tested(op.name, op.kernels))
 ]
 ON_KERNELS = [p for p in ON_BACKENDS if p.values[2] != "reference"]
 FIRST_CASE = [
     pytest.param(op, op.cases[0], backend, id=f"{op}-{backend}")
     for op in OPERATORS
-    for backend in ("reference", *op.kernels)
+    for backend in ("reference", *tested(op.name, op.kernels))
 ]
+KERNELS = [pytest.param(op, name, id=f"{op}-{name}") for op in OPERATORS for name in op.kernels]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -49,7 +51,7 @@ def exact_inputs(op: OperatorCases, inputs: dict) -> dict:
 @pytest.mark.parametrize(("op", "case", "backend"), ON_KERNELS)
 def test_forward_and_gradients_against_float64(op, case, backend, dtype, require_backend):
     require_backend(backend, op.name)
-    inputs = op.inputs(case, dtype, requires_grad=True)
+    inputs = op.inputs(case, dtype, device(backend), requires_grad=True)
     actual, grads = run(op, inputs, backend)
     eager, eager_grads = run(op, inputs, "reference")
     exact, exact_grads = run(op, exact_inputs(op, inputs), "reference")
@@ -116,7 +118,7 @@ def test_opcheck(op, case, backend, require_backend):
     """Every kernel that the public function calls, forward and backward, obeys its schema and its fake."""
     require_backend(backend, op.name)
     with Recorder() as recorder:
-        run(op, op.inputs(case, torch.float32, requires_grad=True), backend)
+        run(op, op.inputs(case, torch.float32, device(backend), requires_grad=True), backend)
     once = op.name == "linear_softmax_entropy"  # its gradient leaves with the value
     assert len(recorder.calls) == (1 if once else 2)
     for function, args in recorder.calls:
@@ -128,7 +130,7 @@ def test_opcheck(op, case, backend, require_backend):
 def test_compile_fullgraph(op, case, backend, require_backend):
     require_backend(backend, op.name)
     torch._dynamo.reset()
-    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    inputs = op.inputs(case, torch.float32, device(backend), requires_grad=True)
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager", dynamic=False)
     expected, expected_grads = run(op, inputs, backend)
     actual, grads = run(op, inputs, backend, compiled)
@@ -141,7 +143,7 @@ def test_compile_fullgraph(op, case, backend, require_backend):
 def test_compile_inductor(op, case, backend, require_backend):
     require_backend(backend, op.name)
     torch._dynamo.reset()
-    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    inputs = op.inputs(case, torch.float32, device(backend), requires_grad=True)
     expected, expected_grads = run(op, inputs, backend)
     actual, grads = run(op, inputs, backend, torch.compile(op.function, fullgraph=True))
     torch.testing.assert_close(actual, expected)
@@ -152,7 +154,7 @@ def test_compile_inductor(op, case, backend, require_backend):
 @pytest.mark.parametrize(("op", "case", "backend"), ON_BACKENDS)
 def test_strided_inputs_give_the_same_bits(op, case, backend, require_backend):
     require_backend(backend, op.name)
-    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    inputs = op.inputs(case, torch.float32, device(backend), requires_grad=True)
     strided = {
         k: torch.stack([v.detach(), torch.full_like(v, 7)], -1)[..., 0].requires_grad_(v.requires_grad)
         if isinstance(v, torch.Tensor)
@@ -172,7 +174,7 @@ def test_strided_inputs_give_the_same_bits(op, case, backend, require_backend):
 def test_expanded_gradient(op, case, backend, require_backend):
     """The gradient of a plain sum arrives with stride 0."""
     require_backend(backend, op.name)
-    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    inputs = op.inputs(case, torch.float32, device(backend), requires_grad=True)
     leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     result = op.function(**inputs, backend=backend)
     expected = torch.autograd.grad(result, leaves, torch.ones_like(result), retain_graph=True)
@@ -184,7 +186,7 @@ def test_expanded_gradient(op, case, backend, require_backend):
 def test_every_output_is_written(op, case, backend, require_backend):
     """With uninitialised memory poisoned with NaN, and on one thread or two: the same bits as before."""
     require_backend(backend, op.name)
-    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    inputs = op.inputs(case, torch.float32, device(backend), requires_grad=True)
     expected, expected_grads = run(op, inputs, backend)
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
@@ -205,11 +207,11 @@ def test_every_output_is_written(op, case, backend, require_backend):
 def test_autocast_policy(op, case, backend, require_backend):
     """Matrix-product operators follow autocast; the filter and the entropy of given logits ignore it."""
     require_backend(backend, op.name)
-    inputs = op.inputs(case, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    inputs = op.inputs(case, torch.float32, device(backend))
+    with torch.autocast(device(backend), torch.bfloat16):
         actual = op.function(**inputs, backend=backend)
     follows = op.name in ("lora_linear", "linear_softmax_entropy")
-    expected = op.function(**op.inputs(case, torch.bfloat16) if follows else inputs, backend=backend)
+    expected = op.function(**op.inputs(case, torch.bfloat16, device(backend)) if follows else inputs, backend=backend)
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -217,11 +219,11 @@ def test_autocast_policy(op, case, backend, require_backend):
 @pytest.mark.parametrize(("op", "case", "backend"), [p for p in FIRST_CASE if p.values[2] != "reference"])
 def test_backward_under_autocast_changes_nothing(op, case, backend, require_backend):
     require_backend(backend, op.name)
-    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    inputs = op.inputs(case, torch.float32, device(backend), requires_grad=True)
     leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     expected = torch.autograd.grad(op.function(**inputs, backend=backend).sum(), leaves)
     result = op.function(**inputs, backend=backend).sum()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device(backend), torch.bfloat16):
         actual = torch.autograd.grad(result, leaves)
     for grad, other in zip(actual, expected, strict=True):
         assert torch.equal(grad, other)
@@ -231,7 +233,7 @@ def test_backward_under_autocast_changes_nothing(op, case, backend, require_back
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_non_finite_input_is_not_hidden(op, case, backend, bad, require_backend):
     require_backend(backend, op.name)
-    inputs = op.inputs(case, torch.float32)
+    inputs = op.inputs(case, torch.float32, device(backend))
     name = op.differentiable[0]
     inputs[name].view(-1)[0] = bad
     assert not op.function(**inputs, backend=backend).isfinite().all()
@@ -240,7 +242,7 @@ def test_non_finite_input_is_not_hidden(op, case, backend, bad, require_backend)
 @pytest.mark.parametrize(("op", "case", "backend"), [p for p in FIRST_CASE if p.values[2] != "reference"])
 def test_second_derivative_raises(op, case, backend, require_backend):
     require_backend(backend, op.name)
-    inputs = op.inputs(case, torch.float32, requires_grad=True)
+    inputs = op.inputs(case, torch.float32, device(backend), requires_grad=True)
     leaves = [inputs[n] for n in op.differentiable if isinstance(inputs.get(n), torch.Tensor)]
     for first in leaves:
         for second in leaves:
@@ -277,9 +279,14 @@ def test_backend_by_name_never_falls_back(op):
             op.function(**inputs)
 
 
-def test_kernels_that_the_cases_name_are_the_ones_registered(require_backend):
-    require_backend("cpu", "softmax_entropy")
+@pytest.mark.parametrize(("op", "name"), KERNELS)
+def test_kernel_is_there(op, name, require_backend):
+    """The one line that says which backends the tests of this file leave out, and why."""
+    require_backend(name, op.name)
+
+
+def test_the_cases_name_every_kernel():
     for op in OPERATORS:
-        for name, (device, _) in backends.NATIVE.items():
-            registered = backends.unavailable(name, op.name, device, torch.float32) is None
-            assert registered == (name in op.kernels), f"{op.name} on {name}"
+        assert set(op.kernels) <= set(backends.NATIVE)
+        for name in set(backends.NATIVE) - set(op.kernels):
+            assert missing(name, op.name), f"{op.name} on {name}"

@@ -7,7 +7,7 @@ from vqfast.ops.lowrank_filter2d.api import lowrank_filter2d
 from vqfast.ops.softmax_entropy.api import softmax_entropy
 from vqfast.ops.spectral_gain2d.api import dct2, spectral_gain2d
 
-_native.load()
+_native.load("cpu")
 
 __all__ = [
     "dct2",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +18,30 @@ _libraries: list[torch.library.Library] = []  # a Library that is collected take
 
 
 def define(operator: str, **directions: tuple[str, Callable[..., Any]]) -> None:
-    """Define `<operator>_<direction>` in every native backend's namespace, from (schema, fake implementation)."""
+    """Define `<operator>_<direction>` in every native backend's namespace, from (schema, fake implementation).
+
+    Triton's is the function of that name in triton.py beside the fake; compiled libraries add theirs when they load.
+    """
     backends.OPERATORS.append(operator)
-    for name in backends.NATIVE:
+    for name, device in backends.NATIVE.items():
         library = torch.library.Library(f"vqfast_{name}", "FRAGMENT")
         _libraries.append(library)
         for direction, (schema, fake) in directions.items():
-            library.define(f"{operator}_{direction}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(f"vqfast_{name}::{operator}_{direction}", fake, lib=library)
+            function = f"{operator}_{direction}"
+            library.define(f"{function}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"vqfast_{name}::{function}", fake, lib=library)
+            if name == "triton":
+                module = fake.__module__.replace(".contract", ".triton")
+                library.impl(function, functools.partial(_run_triton, module, function), device.upper())
+
+
+def _run_triton(module: str, function: str, *args: Any) -> Any:
+    """A function of a module that is imported, with Triton, when first called; on the device of its first argument."""
+    run = getattr(importlib.import_module(module), function)
+    if args[0].device.type == "cpu":  # interpreted
+        return run(*args)
+    with torch.cuda.device(args[0].device):
+        return run(*args)
 
 
 def kernel(backend: str, name: str) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ OPERATOR = OperatorCases(
     function=softmax_entropy,
     activations=frozenset({"logits"}),
     differentiable=("logits",),
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
     cases=(
         _case("rows", 4, 1000),
         _case("one_row", 1, 31),

@@ -1,0 +1,37 @@
+"""What the Triton kernels of several operators share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vqfast import _native
+
+INTERPRETED = tl.constexpr(_native.INTERPRETED)
+
+
+@triton.jit
+def dot(a, b):
+    """a b of two tiles of one dtype, [M, K] x [K, N], sums in float32. Exact products: no tf32."""
+    if INTERPRETED:  # which has no bfloat16 arithmetic
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def softmax_sums(z):
+    """Of a tile of logits, -inf where there is none: m = max z, s = sum e^(z - m), u = sum e^(z - m) (z - m)."""
+    m = tl.max(z, 0)
+    d = z - tl.where(m == float("-inf"), 0.0, m)
+    e = tl.exp(d)
+    return m, tl.sum(e, 0), tl.sum(tl.where(e == 0, 0.0, e * d), 0)
+
+
+@triton.jit
+def combine_softmax_sums(m, s, u):
+    """The sums of a whole row from those of its parts (-inf, 0, 0 where there is none)."""
+    whole = tl.max(m, 0)
+    shift = tl.where(m == float("-inf"), 0.0, m - whole)
+    weight = tl.exp(shift)
+    return whole, tl.sum(s * weight, 0), tl.sum((u + s * shift) * weight, 0)
