@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*/*)
 # a hundred times slower (docs/tuning.md).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint bench bench-check clean
+.PHONY: demo test lint bench bench-check gpu clean
 
 demo: .venv/installed
 	$(BIN)/python -m studies.demo
@@ -29,6 +29,10 @@ bench: .venv/installed
 # Whether the speed-ups of this machine's committed results still hold.
 bench-check: .venv/installed
 	$(BIN)/python -m benchmarks.check
+
+# On a machine with a GPU: builds, tests the triton and cuda backends, measures them. Uses the PyTorch that is there.
+gpu:
+	bash benchmarks/gpu.sh out/gpu
 
 clean:
 	rm -rf .venv build out *.egg-info vqfast/*.so

@@ -29,9 +29,9 @@ class Subject(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)  # rows of a group follow each other; two heads of 32000 classes need not be held
-def subject(benchmark: Benchmark, case: Case, dtype: torch.dtype) -> Subject:
+def subject(benchmark: Benchmark, case: Case, dtype: torch.dtype, device: str = "cpu") -> Subject:
     op = benchmark.op
-    inputs = op.inputs(case, dtype)
+    inputs = op.inputs(case, dtype, device)
     for name in benchmark.leaves:
         inputs[name].requires_grad_()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def checked(row: Row, name: str) -> Call:
         AssertionError: its result or a gradient is further from float64 than the reference in the row's dtype and a
             band of roundings (`vqfast.testing.tolerances`), wider for a peer.
     """
-    inputs, weights, eager, exact = subject(row.benchmark, row.case, row.dtype)
+    inputs, weights, eager, exact = subject(row.benchmark, row.case, row.dtype, row.device)
     if name in backends.BACKENDS:
         call, band = on_backend(row.benchmark, inputs, name), BAND
     else:

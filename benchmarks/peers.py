@@ -36,7 +36,8 @@ def eager(function: Callable[..., Tensor], leaves: tuple[str, ...] | None = None
 def compiled(function: Callable[..., Tensor]) -> Peer:
     def bind(inputs: Inputs, names: tuple[str, ...]) -> Call:
         torch._dynamo.reset()  # every shape is compiled for itself
-        return eager(torch.compile(function, dynamic=False)).bind(inputs, names)
+        mode = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else None
+        return eager(torch.compile(function, dynamic=False, mode=mode)).bind(inputs, names)
 
     return Peer(bind)
 
@@ -70,7 +71,7 @@ def slices(image: Tensor, taps_y: Tensor, taps_x: Tensor, mix: Tensor) -> Tensor
     rank, taps = taps_y.shape[-2:]
     padded = _padded(image, taps_y)
     u, v = (t.to(image.dtype)[..., None, None, None] for t in (taps_y, taps_x))  # [(B,) R, k, 1, 1, 1]
-    filtered = torch.zeros((), dtype=image.dtype)
+    filtered = torch.zeros((), dtype=image.dtype, device=image.device)
     for r in range(rank):
         row = sum(v[..., r, j, :, :, :] * padded[..., j : j + width] for j in range(taps))
         filtered = filtered + sum(u[..., r, i, :, :, :] * row[..., i : i + height, :] for i in range(taps))

@@ -47,6 +47,7 @@ class Row:
     dtype: torch.dtype
     direction: str
     implementation: str
+    device: str = "cpu"
 
     @property
     def dtype_name(self) -> str:

@@ -342,7 +342,9 @@ def test_env_json():
     info = json.loads(result.stdout)
     expected = vqfast.build_info()
     assert info["versions"].items() >= expected["versions"].items()
-    assert {name: info[name] for name in ("backends", "operators")} == {n: expected[n] for n in ("backends", "operators")}
+    assert {name: info[name] for name in ("backends", "operators")} == {
+        n: expected[n] for n in ("backends", "operators")
+    }
     assert {"transformers", "pillow"} <= set(info["versions"])
 
 

@@ -49,6 +49,9 @@ def test_without_compiled_code_the_reference_runs_and_says_why(monkeypatch):
     reason = "no cpu kernels in this install (build them: VQFAST_BUILD=cpu pip install --no-build-isolation .)"
     monkeypatch.setattr("vqfast._native.load", lambda _: reason)
     assert backends.choose("softmax_entropy", "cpu", torch.float32, None) == "reference"
-    assert vqfast.build_info()["operators"]["softmax_entropy"]["cpu"] == {"backend": "reference", "why": f"cpu: {reason}"}
+    assert vqfast.build_info()["operators"]["softmax_entropy"]["cpu"] == {
+        "backend": "reference",
+        "why": f"cpu: {reason}",
+    }
     with pytest.raises(backends.BackendUnavailableError, match="VQFAST_BUILD=cpu pip install"):
         vqfast.ops.softmax_entropy(torch.randn(3), backend="cpu")

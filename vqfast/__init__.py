@@ -1,15 +1,13 @@
 """vqfast: fast test-time tuning of vision-language models."""
 
-from importlib.metadata import version
-
 from vqfast import nn, ops
-from vqfast.backends import BackendUnavailableError, backend, build_info
+from vqfast.backends import BackendUnavailableError, backend, build_info, installed_version
 from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.result import TuningResult
 from vqfast.tuning.tuner import TestTimeTuner, TuningError
 
-__version__ = version("vqfast")
+__version__ = installed_version()
 
 __all__ = [
     "BackendUnavailableError",

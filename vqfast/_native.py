@@ -30,7 +30,9 @@ def load(backend: str) -> str | None:
             raise ValueError(f"VQFAST_CPU_TARGET must be one of {', '.join(TARGETS)}; got {limit!r}")
         return _load_library(LIBRARIES["cpu"], "cpu")
     if backend == "cuda":
-        return _load_library(Path(EMULATED), "cuda") if EMULATED else _no_gpu() or _load_library(LIBRARIES["cuda"], "cuda")
+        return (
+            _load_library(Path(EMULATED), "cuda") if EMULATED else _no_gpu() or _load_library(LIBRARIES["cuda"], "cuda")
+        )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     return None if INTERPRETED else _no_gpu()
@@ -38,7 +40,9 @@ def load(backend: str) -> str | None:
 
 def _load_library(library: Path, build: str) -> str | None:
     if not library.exists():
-        return f"no {build} kernels in this install (build them: VQFAST_BUILD={build} pip install --no-build-isolation .)"
+        return (
+            f"no {build} kernels in this install (build them: VQFAST_BUILD={build} pip install --no-build-isolation .)"
+        )
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

@@ -106,7 +106,7 @@ def build_info() -> dict[str, object]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "versions": {
-            "vqfast": importlib.metadata.version("vqfast"),
+            "vqfast": installed_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
@@ -115,6 +115,14 @@ def build_info() -> dict[str, object]:
         "backends": {name: _native.load(name) for name in NATIVE},
         "operators": {op: {device: _explain(op, device) for device in devices} for op in OPERATORS},
     }
+
+
+def installed_version() -> str:
+    """Version of the installed package."""
+    try:
+        return importlib.metadata.version("vqfast")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder that is on the path but not installed
+        return "0+uninstalled"
 
 
 def _explain(operator: str, device: str) -> dict[str, str]:

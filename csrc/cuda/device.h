@@ -110,7 +110,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   }();
   STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA streams: install a CUDA build of torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -3,14 +3,28 @@
 import pytest
 import torch
 
-from vqfast import backends, ops
+from vqfast import ops
+from vqfast.testing import here
+from vqfast.testing.cases.linear_softmax_entropy import OPERATOR
 
-BACKENDS = ("reference", *backends.NATIVE)
+KERNELS = here.kernels_here(OPERATOR.name, OPERATOR.kernels)
+BACKENDS = ("reference", *KERNELS)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, require_backend):
+    require_backend(request.param, OPERATOR.name)
+    return request.param
+
+
+def value(hidden, weight, bias, backend):
+    hidden, weight, bias = (None if t is None else t.to(here.device(backend)) for t in (hidden, weight, bias))
+    return ops.linear_softmax_entropy(hidden, weight, bias, backend=backend).cpu()
 
 
 def value_and_gradient(hidden, weight, bias, backend):
     hidden = hidden.clone().requires_grad_()
-    entropy = ops.linear_softmax_entropy(hidden, weight, bias, backend=backend)
+    entropy = value(hidden, weight, bias, backend)
     (grad,) = torch.autograd.grad(entropy.sum(), hidden)
     return entropy.detach(), grad
 
@@ -29,27 +43,47 @@ def test_gradient_is_the_negative_covariance_of_logit_and_row(backend, require_b
     torch.testing.assert_close(grad.double(), -covariance, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("positions", [1, 2])
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("spread", [0.01, 5.0, 300.0])
-def test_order_of_the_classes_does_not_matter(order, spread, require_backend):
+def test_order_of_the_classes_does_not_matter(order, spread, positions, kernel):
     """Rising logits raise the running maximum with every block; falling ones never do."""
-    require_backend("cpu", "linear_softmax_entropy")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6000, 8, generator=generator)
-    hidden = torch.randn(2, 8, generator=generator)
+    hidden = torch.randn(positions, 8, generator=generator)
     bias = torch.linspace(0, spread, 6000)[torch.arange(6000) if order == "rising" else torch.arange(5999, -1, -1)]
-    entropy, grad = value_and_gradient(hidden, weight, bias, "cpu")
+    entropy, grad = value_and_gradient(hidden, weight, bias, kernel)
     exact, exact_grad = value_and_gradient(hidden.double(), weight.double(), bias.double(), "reference")
     torch.testing.assert_close(entropy.double(), exact, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("positions", [1, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("top", [0, 1234, 2999])
+def test_confident_rows_keep_their_small_gradient(top, dtype, positions, kernel):
+    """One logit 30 above the rest: H and dH/dh are of the size of e^-30 V, and terms of size 1 cancel in them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3000, 24, generator=generator).to(dtype)
+    hidden = (torch.randn(positions, 24, generator=generator) / 16).to(dtype)
+    bias = torch.zeros(3000, dtype=dtype)
+    bias[top] = 30
+    run = getattr(torch.ops, f"vqfast_{kernel}").linear_softmax_entropy_fwd  # before dH/dh is rounded to dtype
+    entropy, grad = run(*(t.to(here.device(kernel)) for t in (hidden, weight, bias)), True)
+    entropy, grad = entropy.cpu(), grad.cpu().double()
+    exact, exact_grad = value_and_gradient(hidden.double(), weight.double(), bias.double(), "reference")
+    torch.testing.assert_close(entropy.double(), exact, rtol=0.05, atol=0)  # log(1 + e^-30 V) is 0 in float32
+    eps = torch.finfo(torch.float32 if positions == 1 else dtype).eps  # several take their coefficients in dtype
+    assert (grad - exact_grad).abs().max() <= 16 * eps * exact_grad.abs().max()
+
+
+@pytest.mark.parametrize("positions", [1, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_classes_masked_by_the_bias_do_not_count(backend, require_backend):
+def test_classes_masked_by_the_bias_do_not_count(backend, positions, require_backend):
     """Whole blocks and slices of -inf, at the start, in the middle and at the end."""
     require_backend(backend, "linear_softmax_entropy")
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(3, 16, generator=generator), torch.randn(2000, 16, generator=generator)
+    hidden, weight = torch.randn(positions, 16, generator=generator), torch.randn(2000, 16, generator=generator)
     keep = torch.zeros(2000, dtype=torch.bool)
     keep[700:820] = keep[1500:1503] = True
     bias = torch.where(keep, -1e4, -torch.inf)
@@ -57,16 +91,43 @@ def test_classes_masked_by_the_bias_do_not_count(backend, require_backend):
     kept, kept_grad = value_and_gradient(hidden, weight[keep], bias[keep], "reference")
     torch.testing.assert_close(entropy, kept, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(grad, kept_grad, rtol=1e-3, atol=1e-4)
-    assert ops.linear_softmax_entropy(hidden, weight, torch.full((2000,), -torch.inf), backend=backend).isnan().all()
+    assert value(hidden, weight, torch.full((2000,), -torch.inf), backend).isnan().all()
 
 
+@pytest.mark.parametrize("positions", [1, 2])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("row", [0, 17, 1999])
-def test_non_finite_weights_are_not_hidden(bad, row, require_backend):
-    require_backend("cpu", "linear_softmax_entropy")
+def test_non_finite_weights_are_not_hidden(bad, row, positions, kernel):
     weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
     weight[row, 3] = bad
-    assert ops.linear_softmax_entropy(torch.ones(2, 16), weight, backend="cpu").isnan().all()
+    entropy, grad = value_and_gradient(torch.ones(positions, 16), weight, None, kernel)
+    assert entropy.isnan().all()
+    assert grad.isnan().all()
+
+
+def test_non_finite_position_leaves_its_neighbours_alone(kernel):
+    hidden = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    hidden[1, 3] = torch.nan
+    entropy, grad = value_and_gradient(hidden, torch.randn(200, 16), None, kernel)
+    assert entropy.isnan().tolist() == [False, True, False]
+    assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_one_wide_position(kernel):
+    """Its sums are too many for one program of a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 9000, generator=generator), torch.randn(70, 9000, generator=generator) / 64
+    entropy, grad = value_and_gradient(hidden, weight, None, kernel)
+    exact, exact_grad = value_and_gradient(hidden.double(), weight.double(), None, "reference")
+    torch.testing.assert_close(entropy.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+def test_no_width_at_all(positions, kernel):
+    entropy, grad = value_and_gradient(torch.randn(positions, 0), torch.randn(5, 0), None, kernel)
+    torch.testing.assert_close(entropy, torch.full((positions,), 5.0).log())
+    assert grad.shape == (positions, 0)
 
 
 def test_nothing_of_an_earlier_call_is_left(require_backend):
@@ -77,13 +138,14 @@ def test_nothing_of_an_earlier_call_is_left(require_backend):
     assert grad.isfinite().all()
 
 
-def test_without_gradient_none_is_computed(require_backend):
-    require_backend("cpu", "linear_softmax_entropy")
-    run = torch.ops.vqfast_cpu.linear_softmax_entropy_fwd
-    hidden, weight = torch.randn(3, 20), torch.randn(40, 20)
+@pytest.mark.parametrize("positions", [1, 3])
+def test_without_gradient_none_is_computed(positions, kernel):
+    run = getattr(torch.ops, f"vqfast_{kernel}").linear_softmax_entropy_fwd
+    hidden, weight = (torch.randn(rows, 20, device=here.device(kernel)) for rows in (positions, 40))
     entropy, grad = run(hidden, weight, None, False)
     assert grad.shape == (0,)
-    torch.testing.assert_close(entropy, run(hidden, weight, None, True)[0], rtol=0, atol=0)
+    exactly = dict(rtol=0, atol=0) if kernel == "cpu" else {}
+    torch.testing.assert_close(entropy, run(hidden, weight, None, True)[0], **exactly)
 
 
 def test_subnormal_halves_count_even_where_floats_are_flushed(require_backend):

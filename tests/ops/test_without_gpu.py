@@ -1,14 +1,12 @@
 """The GPU kernels on the CPU, each kind in a process of its own: Triton's interpreted, CUDA's as emulated C++."""
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
 from emulation import build
+
 from vqfast import _native
 from vqfast.testing.here import REQUIRED
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from vqfast import _native
 
 INTERPRETED = tl.constexpr(_native.INTERPRETED)
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the GPU of `tensor`; of an H200 for a shape alone; a few where kernels are interpreted."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return 132 if tensor.is_meta else 4
 
 
 @triton.jit
@@ -17,6 +26,16 @@ def dot(a, b):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def dot_two_parts(a, b):
+    """a b, [M, K] x [K, N], for a in float32 and b in a dtype of 16 bits: a is taken as the sum of two such numbers."""
+    if b.dtype == tl.float32:
+        return dot(a, b)
+    high = a.to(b.dtype)
+    low = (a - high.to(tl.float32)).to(b.dtype)
+    return dot(high, b) + dot(low, b)
 
 
 @triton.jit

@@ -25,6 +25,6 @@ def device(name: str) -> str:
     return backends.NATIVE.get(name, "cpu")
 
 
-def tested(operator: str, kernels: tuple[str, ...]) -> list[str]:
+def kernels_here(operator: str, kernels: tuple[str, ...]) -> list[str]:
     """Those of the backends that run here or must. One that is missing is reported once, not by every test."""
     return [name for name in kernels if name in REQUIRED or missing(name, operator) is None]

@@ -28,9 +28,12 @@ def linear_softmax_entropy(
     Returns:
         [N], float32 (float64 for float64 input). Under autocast hidden, weight and bias are cast as for
         `torch.nn.functional.linear`; the entropy stays float32. Differentiable in hidden, once (twice on the reference
-        backend). Deterministic. The compiled kernel never stores the logits: up to 8 positions at a time share one
-        read of the weight for value and gradient, with scratch memory of about 4 MB (more for D above 16384) whatever V
-        is; [N, D] float32 is kept for backward.
+        backend). Deterministic. [N, D] float32 is kept for backward. Memory beside the results:
+
+        - cpu: the logits are never stored; up to 8 positions at a time share one read of the weight for value and
+          gradient, with about 4 MB (more for D above 16384) whatever V is.
+        - triton: one position with its gradient takes one read and no logits, others up to 32 at a time: one read for
+          the values, a second for gradients, between which their logits are kept: at most 32 V float32.
 
     Raises:
         TypeError: a dtype outside those above, or hidden and weight of different dtypes.

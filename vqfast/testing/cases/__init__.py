@@ -14,10 +14,10 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of arguments. `make` draws it in float64 from a seeded generator."""
+    """One set of arguments. `make` draws it in float64 from a seeded generator; shapes alone where that is None."""
 
     name: str
-    make: Callable[[torch.Generator], Inputs]
+    make: Callable[[torch.Generator | None], Inputs]
 
     def __str__(self) -> str:
         return self.name
@@ -34,6 +34,7 @@ class OperatorCases:
     kernels: tuple[str, ...]  # native backends that implement it
     cases: tuple[Case, ...]
     benchmarks: tuple[Case, ...] = ()  # large shapes, which only the benchmarks draw
+    gpu_benchmarks: tuple[Case, ...] = ()
     scaling: tuple[Case, ...] = ()  # named "axis=value", in rising order of each axis
 
     def __str__(self) -> str:
@@ -41,7 +42,8 @@ class OperatorCases:
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str = "cpu", *, requires_grad: bool = False) -> Inputs:
         """The arguments of `case` with activations in `dtype`; the differentiable ones as leaves if asked for."""
-        drawn = case.make(torch.Generator().manual_seed(0))
+        where = device if device == "cuda" else "cpu"  # large cases are drawn where they are used
+        drawn = case.make(None if device == "meta" else torch.Generator(where).manual_seed(0))
         return {name: self._convert(name, value, dtype, device, requires_grad) for name, value in drawn.items()}
 
     def _convert(self, name: str, value: Any, dtype: torch.dtype, device: str, requires_grad: bool) -> Any:
@@ -53,8 +55,10 @@ class OperatorCases:
         return value.to(device).requires_grad_(requires_grad and name in self.differentiable)
 
 
-def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+def normal(generator: torch.Generator | None, *shape: int, scale: float = 1.0) -> Tensor:
+    if generator is None:
+        return torch.empty(shape, dtype=torch.float64, device="meta")
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def all_operators() -> tuple[OperatorCases, ...]:

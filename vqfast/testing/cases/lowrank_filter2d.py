@@ -18,7 +18,7 @@ def _case(
     tone: str = "",
     **options: str,
 ) -> Case:
-    def make(g: torch.Generator) -> Inputs:
+    def make(g: torch.Generator | None) -> Inputs:
         batch, channels = shape[:2]
         lead = (batch,) if own else ()
         inputs = {
@@ -40,11 +40,11 @@ OPERATOR = OperatorCases(
     function=lowrank_filter2d,
     activations=frozenset({"image"}),
     differentiable=("image", "taps_y", "taps_x", "mix", "gain", "bias"),
-    kernels=("cpu",),
+    kernels=("cpu", "cuda", "triton"),
     cases=(
         _case("k7r1", (1, 3, 32, 32), 7, 1),
         _case("k3r2_own", (3, 3, 9, 11), 3, 2, own=True, tone="channel"),
-        _case("k1", (2, 1, 5, 4), 1, 1, tone="scalar"),
+        _case("k1r2", (2, 1, 5, 4), 1, 2, tone="scalar"),
         _case("k5r4_two_bands", (1, 2, 33, 70), 5, 4, tone="sample"),
         _case("k15_largest_halo", (1, 1, 8, 8), 15, 1),
         _case("k15r2_lags_halved", (1, 2, 36, 20), 15, 2),
@@ -61,6 +61,12 @@ OPERATOR = OperatorCases(
         _case("1x3x336x336-k7-r1", (1, 3, 336, 336), 7, 1),
         _case("1x3x336x336-k15-r4", (1, 3, 336, 336), 15, 4),
         _case("16x3x224x224-k7-r1-own", (16, 3, 224, 224), 7, 1, own=True),
+    ),
+    gpu_benchmarks=(
+        _case("1x3x336x336-k7-r1", (1, 3, 336, 336), 7, 1),
+        _case("64x3x336x336-k7-r1", (64, 3, 336, 336), 7, 1),
+        _case("64x3x336x336-k7-r1-own", (64, 3, 336, 336), 7, 1, own=True),
+        _case("8x3x336x336-k15-r4", (8, 3, 336, 336), 15, 4),
     ),
     scaling=(
         *(_case(f"pixels={side**2}", (1, 3, side, side), 7, 1) for side in (112, 224, 448, 896)),

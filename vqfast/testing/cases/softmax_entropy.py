@@ -20,7 +20,7 @@ def _early_peak(z: Tensor) -> Tensor:
 
 
 def _mask_half(z: Tensor) -> Tensor:
-    return z.masked_fill(torch.arange(z.shape[-1]) % 2 == 1, -torch.inf)
+    return z.masked_fill(torch.arange(z.shape[-1], device=z.device) % 2 == 1, -torch.inf)
 
 
 OPERATOR = OperatorCases(
@@ -42,6 +42,7 @@ OPERATOR = OperatorCases(
         _case("empty", 0, 7),
     ),
     benchmarks=(_case("32x32000", 32, 32000), _case("1x152064", 1, 152064)),
+    gpu_benchmarks=(_case("32x152064", 32, 152064), _case("256x152064", 256, 152064), _case("1x152064", 1, 152064)),
     scaling=(
         *(_case(f"vocabulary={classes}", 8, classes) for classes in (8000, 32000, 128000)),
         *(_case(f"batch={rows}", rows, 32000) for rows in (1, 4, 16, 64)),

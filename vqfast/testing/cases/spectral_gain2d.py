@@ -9,7 +9,7 @@ from vqfast.testing.cases import Case, Inputs, OperatorCases, normal
 
 
 def _case(name: str, shape: tuple[int, int, int, int], rank: int, *, own: bool = False) -> Case:
-    def make(g: torch.Generator) -> Inputs:
+    def make(g: torch.Generator | None) -> Inputs:
         batch, _, height, width = shape
         lead = (batch,) if own else ()
         return {
@@ -26,7 +26,7 @@ OPERATOR = OperatorCases(
     function=spectral_gain2d,
     activations=frozenset({"image"}),
     differentiable=("image", "gain_y", "gain_x"),
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
     cases=(
         _case("radix_4_and_2_own", (2, 3, 16, 32), 2, own=True),
         _case("radix_3_and_5", (1, 2, 45, 60), 1),
@@ -39,6 +39,10 @@ OPERATOR = OperatorCases(
         _case("several_tasks", (2, 3, 84, 100), 4),
         _case("empty_batch", (0, 3, 8, 8), 1),
         _case("no_channels", (1, 0, 4, 6), 1),
+    ),
+    gpu_benchmarks=(
+        _case("1x3x336x336-r4", (1, 3, 336, 336), 4),
+        _case("32x3x336x336-r4-own", (32, 3, 336, 336), 4, own=True),
     ),
     benchmarks=(_case("1x3x336x336-r4", (1, 3, 336, 336), 4),),
 )
