@@ -1,5 +1,5 @@
-"""Builds csrc/cpu into vqfast/_C.abi3.so and csrc/cuda into vqfast/_cuda.abi3.so (LibTorch stable ABI: one build loads on
-torch 2.11 and later).
+"""Builds csrc/cpu into vqfast/_C.abi3.so and csrc/cuda into vqfast/_cuda.abi3.so (LibTorch stable ABI: one build loads
+on torch 2.11 and later).
 
 VQFAST_BUILD chooses: `auto` (default: what the compilers that are found can build; CUDA beside a CUDA build of torch),
 `cpu` (required), `cuda` (required, with cpu; beside any torch), `none` (pure Python). VQFAST_CUDA_ARCHITECTURES names

@@ -114,9 +114,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
-}
+inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
 // Runs kernel(arguments...) on the stream and device of `tensor`; nothing where the grid is empty.
 template <class... Parameters, class... Arguments>
@@ -127,7 +125,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t share
   if (shared_bytes > kDefaultShared)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                int(shared_bytes)));
-  kernel<<<grid, threads, size_t(shared_bytes), current_stream(tensor)>>>(arguments...);
+  kernel<<<grid, threads, size_t(shared_bytes), current_stream(tensor)> > >(arguments...);
   check(cudaGetLastError());
 }
 

@@ -1,7 +1,8 @@
-// Runs CUDA kernels on the CPU, for tests: every thread of a block is a fiber, blocks are shared out over OpenMP threads.
-// A fiber gives way at barriers and warp operations only, in an order that VQFAST_EMULATED_ORDER chooses (forward,
-// reverse, random): a missing barrier then shows as a wrong result. Shared memory starts as NaN and ends in a guard that
-// must stay as it was. Not covered: races between two barriers that no order exposes, memory ordering, speed.
+// Runs CUDA kernels on the CPU, for tests: every thread of a block is a fiber, blocks are shared out over OpenMP
+// threads. A fiber gives way at barriers and warp operations only, in an order that VQFAST_EMULATED_ORDER chooses
+// (forward, reverse, random): a missing barrier then shows as a wrong result. Shared memory starts as NaN and ends in a
+// guard that must stay as it was. Not covered: races between two barriers that no order exposes, memory ordering,
+// speed.
 #pragma once
 #if !defined(__x86_64__)
 #error "the emulation switches stacks in x86-64 assembly"
