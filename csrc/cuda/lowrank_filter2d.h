@@ -112,7 +112,7 @@ void filter_image(const Arguments& a, const Tensor& in, const Tensor& out, bool 
 // 16 bytes from global to shared memory, there once wait_for_copies says so.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #ifdef VQ_EMULATED
-  std::memcpy(shared, global, kVectorBytes);
+  emulation::copy_async(shared, global, kVectorBytes);
 #else
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -121,7 +121,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() {
-#ifndef VQ_EMULATED
+#ifdef VQ_EMULATED
+  emulation::commit_copies();
+#else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
@@ -129,7 +131,9 @@ __device__ __forceinline__ void commit_copies() {
 // Until all but the last PENDING groups of this thread have arrived.
 template <int PENDING>
 __device__ __forceinline__ void wait_for_copies() {
-#ifndef VQ_EMULATED
+#ifdef VQ_EMULATED
+  emulation::wait_for_copies(PENDING);
+#else
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }

@@ -8,19 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[2]
-SOURCES = tuple(sorted((ROOT / "csrc/cuda").glob("*.cu")))
-HEADERS = (*ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/common/*.h"), Path(__file__).with_name("cuda_emulation.h"))
 COMPILER = os.environ.get("CXX", "c++")
 
 
-def build(sources: Iterable[Path] = SOURCES) -> Path:
-    """Library of the sources, made anew where they, a header or torch have changed.
+def build(csrc: Path = ROOT / "csrc", pattern: str = "*.cu") -> Path:
+    """Library of the kernels in csrc/cuda that match, made anew where a file or torch has changed.
 
     Raises:
         RuntimeError: no compiler, or what it says of an error.
@@ -28,9 +25,10 @@ def build(sources: Iterable[Path] = SOURCES) -> Path:
     if shutil.which(COMPILER) is None:
         raise RuntimeError(f"no C++ compiler: {COMPILER!r} is not on PATH")
     torch_folder = Path(torch.__file__).parent
-    sources = tuple(sources)
-    contents = hashlib.sha256(torch.__version__.encode())
-    for path in sorted((*sources, *HEADERS, Path(__file__))):
+    sources = sorted(csrc.glob(f"cuda/{pattern}"))
+    headers = sorted((*csrc.glob("cuda/*.h"), *csrc.glob("common/*.h"), *Path(__file__).parent.glob("*.*")))
+    contents = hashlib.sha256(f"{torch.__version__} {pattern}".encode())
+    for path in (*sources, *headers):
         contents.update(path.read_bytes())
     library = ROOT / "build/emulated" / f"{contents.hexdigest()[:16]}.so"
     if library.exists():
@@ -41,7 +39,7 @@ def build(sources: Iterable[Path] = SOURCES) -> Path:
         COMPILER, "-x", "c++", *map(str, sources), "-x", "none", "-o", str(unfinished),
         "-std=c++20", "-O2", "-g0", "-fopenmp", "-shared", "-fPIC", "-Wno-unknown-pragmas",
         "-DVQ_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        f"-I{ROOT}/csrc", f"-I{ROOT}/tests/emulation", f"-isystem{torch_folder}/include",
+        f"-I{csrc}", f"-I{ROOT}/tests/emulation", f"-isystem{torch_folder}/include",
         f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

@@ -65,11 +65,20 @@ constexpr unsigned char kNaN = 0xFF, kGuardByte = 0xA5;  // all ones is NaN in e
 
 enum class State { kReady, kBlockBarrier, kWarpBarrier, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  int group;
+};
+
 struct Fiber {
   void* stack_pointer;
   State state;
   dim3 index;
   int linear;
+  std::vector<Copy> copies = {};  // asynchronous ones that have not arrived
+  int group = 0;                  // of the next copy
 };
 
 struct Block {
@@ -188,6 +197,21 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_b
     block = nullptr;
   }
   if (!error.empty()) throw std::runtime_error("emulated kernel: " + error);
+}
+
+// Asynchronous copies arrive as late as they may: when waited for.
+inline void copy_async(void* to, const void* from, size_t bytes) {
+  Fiber& self = *block->current;
+  self.copies.push_back({to, from, bytes, self.group});
+}
+inline void commit_copies() { ++block->current->group; }
+inline void wait_for_copies(int pending) {
+  Fiber& self = *block->current;
+  std::erase_if(self.copies, [&](const Copy& copy) {
+    const bool arrives = copy.group < self.group - pending;
+    if (arrives) std::memcpy(copy.to, copy.from, copy.bytes);
+    return arrives;
+  });
 }
 
 inline int lane() { return block->current->linear % kWarp; }

@@ -1,6 +1,7 @@
 """The GPU kernels on the CPU, each kind in a process of its own: Triton's interpreted, CUDA's as emulated C++."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +10,6 @@ from emulation import build
 
 from vqfast import _native
 from vqfast.testing.here import REQUIRED
-
-NUMERICS = "float64 and not gradcheck and not reference"
 
 
 def absent(kind: str, reason: object) -> None:
@@ -45,3 +44,61 @@ def test_triton_interpreted():
 
 def test_cuda_emulated(emulated):
     assert_passed(run(emulated, "-k", "cuda"))
+
+
+NUMERICS = "cuda and float64 and not several_tasks"
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_cuda_emulated_with_threads_in_another_order(emulated, order):
+    assert_passed(run(emulated | {"VQFAST_EMULATED_ORDER": order}, "-k", NUMERICS))
+
+
+BROKEN = {  # name -> (operator, file, what is in it, what it becomes)
+    "no barrier after the warps' sums": (
+        "lora_linear", "lora_linear_blocks.h",
+        "  __syncthreads();\n  const int stride", "  const int stride",
+    ),
+    "no barrier after the weights of dB": (
+        "lora_linear", "lora_linear.cu",
+        "    __syncthreads();\n  }\n  const Side side", "  }\n  const Side side",
+    ),
+    "no barrier between stages": (
+        "lowrank_filter2d", "lowrank_filter2d.cu",
+        "    __syncthreads();  // stage is padded", "    // stage is padded",
+    ),
+    "halo one row off": (
+        "lowrank_filter2d", "lowrank_filter2d.cu",
+        "top + step - radius, left", "top + step - radius + (step == 0), left",
+    ),
+    "a copy not waited for": (
+        "lowrank_filter2d", "lowrank_filter2d.cu",
+        "    wait_for_copies<kStages - 3>();", "    wait_for_copies<kStages - 2>();",
+    ),
+    "no barrier of a warp between stages": (
+        "lowrank_filter2d", "lowrank_filter2d_backward.cu",
+        "      __syncwarp();  // stage has arrived", "      // stage has arrived",
+    ),
+    "no barrier before the finish": (
+        "lowrank_filter2d", "lowrank_filter2d_backward.cu",
+        "    __syncthreads();\n", "\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_emulation_catches(name, emulated, tmp_path):
+    """A copy of the kernels with one defect fails the numerics, with the threads in at least one order."""
+    operator, file, before, after = BROKEN[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(build.ROOT / "csrc", csrc)
+    text = (csrc / "cuda" / file).read_text()
+    assert before in text
+    (csrc / "cuda" / file).write_text(text.replace(before, after, 1))
+    environment = {"VQFAST_EMULATED_CUDA": str(build.build(csrc, f"{operator}*.cu"))}
+    for order in ("reverse", "forward", "random"):
+        done = run(environment | {"VQFAST_EMULATED_ORDER": order}, "-x", "-k", f"{operator} and {NUMERICS}")
+        if done.returncode == pytest.ExitCode.TESTS_FAILED:
+            return
+        assert_passed(done)
+    pytest.fail(f"{name}: every test passed")
