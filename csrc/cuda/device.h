@@ -125,7 +125,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t share
   if (shared_bytes > kDefaultShared)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                int(shared_bytes)));
-  kernel<<<grid, threads, size_t(shared_bytes), current_stream(tensor)> > >(arguments...);
+  // clang-format off
+  kernel<<<grid, threads, size_t(shared_bytes), current_stream(tensor)>>>(arguments...);
+  // clang-format on
   check(cudaGetLastError());
 }
 

@@ -270,8 +270,9 @@ def _tiles(image: Tensor, taps: int) -> tuple[int, int, int]:
     return tile, triton.cdiv(image.shape[2], tile - taps + 1), triton.cdiv(image.shape[3], tile - taps + 1)
 
 
-def _schedule(tile: int, rank: int = 1) -> dict[str, int]:
-    return dict(num_warps=4 if tile == 32 and rank == 1 else 8, num_stages=1)
+def _schedule(tile: int, *, heavy: bool) -> dict[str, int]:
+    """Warps, so many that no register spills; nothing is loaded ahead, which would take shared memory."""
+    return dict(num_warps=8 if tile == 64 or heavy else 4, num_stages=1)
 
 
 def _filter(
@@ -285,7 +286,7 @@ def _filter(
         _lowrank_filter2d_kernel[(batch * channels * tiles[0] * tiles[1],)](
             image, *parameters.tensors, result, channels, height, width, *tiles, *parameters.strides,
             RANK=rank, TAPS=taps, PADDING=padding, HAS_GAIN=has_gain, HAS_BIAS=has_bias, ADJOINT=adjoint, TILE=tile,
-            **_schedule(tile, rank),
+            **_schedule(tile, heavy=rank > 1),
         )  # fmt: skip
     return result
 
@@ -324,7 +325,7 @@ def lowrank_filter2d_bwd(
     taps_stride, mix_stride, gain_stride, gain_step, *_ = parameters.strides
     _lowrank_filter2d_correlate_kernel[(rows,)](
         grad, image, y_taps, x_taps, lags, values, channels, height, width, tiles_x, tiles, parts, taps_stride, **shape,
-        PADDING=padding, TILE=tile, **_schedule(tile),
+        PADDING=padding, TILE=tile, **_schedule(tile, heavy=image.dtype == torch.float32),
     )  # fmt: skip
     taps_samples = taps_y.shape[0] if taps_y.dim() == 3 else 1
     counts = (*_counts(gain), *_counts(bias))
