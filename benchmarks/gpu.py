@@ -45,6 +45,7 @@ BENCHMARKS = {
     softmax.BENCHMARK: ("log_softmax", "log_softmax-compiled"),
     head.BENCHMARK: ("log_softmax", "log_softmax-compiled"),
 }
+REHEARSED = ("k7r1", "radix_3_and_5", "rows_no_bias", "own", "rows", "one_position", "positions_bias")
 OWN_ONLY, SHARED_ONLY = (
     ("bmm", "bmm-compiled"),
     ("addmm", "textbook-compiled"),
@@ -155,7 +156,7 @@ def device_name(device: str) -> str:
 
 
 def peers_of(benchmark: Benchmark, case: Case, dtype: torch.dtype) -> Iterator[str]:
-    own = case.name.endswith("-own")
+    own = case.name.endswith("own")
     for peer in BENCHMARKS[benchmark]:
         skipped = SHARED_ONLY if own else OWN_ONLY
         if benchmark is lora.BENCHMARK and peer in skipped:
@@ -297,7 +298,11 @@ def main() -> None:
         op = benchmark.op
         if options.operators not in op.name:
             continue
-        cases = op.cases[:2] if options.rehearse else op.gpu_benchmarks
+        cases = op.gpu_benchmarks
+        if options.rehearse:
+            cases = tuple(case for case in op.cases if case.name in REHEARSED)
+        if benchmark is spectral.BENCHMARK:
+            cases = tuple(map(spectral.with_spectrum, cases))
         for case in cases:
             for dtype in (torch.bfloat16, torch.float32):
                 if not options.rehearse and dtype == torch.float32 and op.name == "linear_softmax_entropy":
