@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from vqfast.ops import lora_linear
+from vqfast.testing.cases.lora_linear import OPERATOR
+from vqfast.testing.here import device, kernels_here
+from vqfast.testing.tolerances import assert_close_to_exact
 
 K, N, R = 12, 8, 4
 
@@ -119,3 +122,32 @@ def test_row_offsets_that_fall_keep_samples_apart(require_backend):
     offsets = torch.tensor([0, 64, 0, 64], dtype=torch.int32)
     actual = lora_linear(x, torch.zeros(N, 256), None, a, b, 1.0, row_offsets=offsets, backend="cpu")
     torch.testing.assert_close(actual, x @ a[0].mT @ b[0].mT, rtol=1e-4, atol=1e-3)
+
+
+MANY_ROWS = [
+    pytest.param(backend, rank, rows, dtype, id=f"{backend}-{rank}-{rows}-{dtype}")
+    for backend in kernels_here(OPERATOR.name, OPERATOR.kernels)
+    for rank, rows in ((3, 20), (12, 40), (3, 70), (40, 70))
+    for dtype in (torch.float32, torch.bfloat16)
+    if backend != "triton" or (rows == 70 and dtype == torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("backend", "rank", "rows", "dtype"), MANY_ROWS)
+def test_blocks_of_many_rows(backend, rank, rows, dtype, require_backend):
+    """So many samples that a GPU's blocks take 32, 64 and 128 rows (csrc/cuda), 64 and 128 (Triton)."""
+    require_backend(backend, "lora_linear")
+    g = torch.Generator().manual_seed(0)
+    samples = 70 if backend == "triton" else 256
+    shapes = {"x": (samples, rows, 8), "weight": (16, 8), "lora_a": (samples, rank, 8), "lora_b": (samples, 16, rank)}
+    exact = {name: torch.randn(shape, generator=g).to(device(backend)) for name, shape in shapes.items()}
+    exact = {name: t.to(dtype).double() if name in OPERATOR.activations else t.double() for name, t in exact.items()}
+    found = []
+    for name, kind in ((backend, dtype), ("reference", dtype), ("reference", torch.float64)):
+        parameter = torch.promote_types(kind, torch.float32)
+        inputs = {n: t.to(kind if n in OPERATOR.activations else parameter) for n, t in exact.items()}
+        leaves = [inputs[n].requires_grad_() for n in OPERATOR.differentiable]
+        y = lora_linear(**inputs, bias=None, scaling=0.5, backend=name)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+    for what, *values in zip(("y", "dx", "dA", "dB"), *found, strict=True):
+        assert_close_to_exact(what, *values, dtype)

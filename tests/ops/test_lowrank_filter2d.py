@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from vqfast.ops import lowrank_filter2d
+from vqfast.testing.cases.lowrank_filter2d import OPERATOR
+from vqfast.testing.here import on_cpu
 
-BACKENDS = ["reference", "cpu"]
+BACKENDS = ["reference", *on_cpu(OPERATOR.name, OPERATOR.kernels)]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -25,6 +25,11 @@ def device(name: str) -> str:
     return backends.NATIVE.get(name, "cpu")
 
 
+def on_cpu(operator: str, kernels: tuple[str, ...]) -> list[str]:
+    """Those of `kernels_here` that take CPU tensors: a GPU's, too, where they are interpreted or emulated."""
+    return [name for name in kernels_here(operator, kernels) if device(name) == "cpu"]
+
+
 def kernels_here(operator: str, kernels: tuple[str, ...]) -> list[str]:
     """Those of the backends that run here or must. One that is missing is reported once, not by every test."""
     return [name for name in kernels if name in REQUIRED or missing(name, operator) is None]

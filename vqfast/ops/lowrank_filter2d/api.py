@@ -38,7 +38,7 @@ def lowrank_filter2d(
             k odd and at most 31, R at most 8.
         mix: scalar or [B]. 0 keeps the image, 1 takes the filtered one, negative values sharpen.
         gain, bias: scalar, [B] or [B, C]; default 1 and 0.
-        padding: "reflect" (H and W above k // 2), "replicate" or "zeros".
+        padding: "reflect" (H and W above k // 2), "replicate" or "zeros" (at least 1).
         backend: one of `vqfast.backends.BACKENDS`; None takes the compiled kernel where there is one.
 
     Returns:

@@ -51,7 +51,7 @@ def check(
         raise ValueError(f"the rank R must be 1 to {MAX_RANK}; got {rank}")
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
-    smallest = {"reflect": taps // 2 + 1, "replicate": 1, "zeros": 0}[padding]
+    smallest = taps // 2 + 1 if padding == "reflect" else 1
     if min(height, width) < smallest:
         raise ValueError(
             f"{padding} padding of {taps} taps needs an image of at least {smallest}x{smallest} pixels; "
