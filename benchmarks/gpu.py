@@ -8,7 +8,6 @@ Peers are captured, too, so launches cost the same. --rehearse runs the same cod
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
 import json
@@ -16,8 +15,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,13 +31,14 @@ from benchmarks import test_softmax_entropy as softmax
 from benchmarks import test_spectral_gain2d as spectral
 from benchmarks.peers import COMPILED, PLAIN
 from benchmarks.rows import FORWARD, STEP, Benchmark, Row, available
-from vqfast import backends
 from vqfast.testing.cases import Case
 
 FLUSHED = 1 << 28  # bytes written between two cold calls: several times the last-level cache
 COPIED = 1 << 30
 REPEATS = 10
-ROUNDS = 30
+SLOW_US = 1000
+BUDGET_US = 3e5  # of the cold calls of a case and direction
+ROUNDS = (9, 40)
 BENCHMARKS = {
     lowrank.BENCHMARK: ("dense", "separable", "slices-compiled"),
     spectral.BENCHMARK: ("rfft",),
@@ -46,13 +47,14 @@ BENCHMARKS = {
     head.BENCHMARK: ("log_softmax", "log_softmax-compiled"),
 }
 REHEARSED = ("k7r1", "radix_3_and_5", "rows_no_bias", "own", "rows", "one_position", "positions_bias")
+OURS = ("cuda", "triton")
 OWN_ONLY, SHARED_ONLY = (
     ("bmm", "bmm-compiled"),
     ("addmm", "textbook-compiled"),
 )  # which adapters a peer of lora_linear takes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Target:
     """What a row must reach: at most `us`, at least `percent` of the copy bandwidth, or against a peer's time."""
 
@@ -85,6 +87,13 @@ TARGETS = {
 """In the dtype that the row of the figure names: bfloat16, but float32 for softmax_entropy."""
 
 
+class Graphs(NamedTuple):
+    """A call, captured once, and several times in a row."""
+
+    once: Callable[[], None]
+    repeated: Callable[[], None]
+
+
 class Clock:
     """Times calls in turn, each as a captured graph, in microseconds."""
 
@@ -105,6 +114,9 @@ class Clock:
                 call()
         return graph.replay
 
+    def graphs(self, call: Callable[[], object]) -> Graphs:
+        return Graphs(self.capture(call, 1), self.capture(call, REPEATS))
+
     def _time(self, replay: Callable[[], None], *, cold: bool) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if cold:
@@ -114,26 +126,32 @@ class Clock:
         end.record()
         return start, end
 
-    def in_turn(self, calls: list[Callable[[], object]]) -> list[tuple[list[float], float]]:
+    def in_turn(self, calls: list[Graphs]) -> list[tuple[list[float], float]]:
         """(cold times, median hot time) of each call."""
-        cold = [self.capture(call, 1) for call in calls]
-        hot = [self.capture(call, REPEATS) for call in calls]
-        found: list[tuple[list, list]] = [([], []) for _ in calls]
-        for _ in range(ROUNDS):
-            for i in range(len(calls)):
-                found[i][0].append(self._time(cold[i], cold=True))
-                found[i][1].append(self._time(hot[i], cold=False))
+        first = [self._time(graphs.once, cold=True) for graphs in calls]
         torch.cuda.synchronize()
-        times = [[[1e3 * start.elapsed_time(end) for start, end in events] for events in both] for both in found]
-        return [(colds, float(np.median(hots)) / REPEATS) for colds, hots in times]
+        first_us = sum(1e3 * start.elapsed_time(end) for start, end in first)
+        cold: list[list] = [[] for _ in calls]
+        hot: list[list] = [[] for _ in calls]
+        for _ in range(int(np.clip(BUDGET_US / first_us, *ROUNDS))):
+            for i, graphs in enumerate(calls):
+                cold[i].append(self._time(graphs.once, cold=True))
+                if len(hot[i]) < ROUNDS[0] or first_us < SLOW_US:
+                    hot[i].append(self._time(graphs.repeated, cold=False))
+        torch.cuda.synchronize()
+        colds, hots = ([[1e3 * start.elapsed_time(end) for start, end in of] for of in both] for both in (cold, hot))
+        return [(c, float(np.median(h)) / REPEATS) for c, h in zip(colds, hots, strict=True)]
 
 
 class Rehearsal:
     """Stands for the clock without a GPU: calls once, times nothing worth keeping."""
 
-    def in_turn(self, calls: list[Callable[[], object]]) -> list[tuple[list[float], float]]:
+    def graphs(self, call: Callable[[], object]) -> Graphs:
+        return Graphs(call, call)  # type: ignore[arg-type]
+
+    def in_turn(self, calls: list[Graphs]) -> list[tuple[list[float], float]]:
         found = []
-        for call in calls:
+        for call, _ in calls:
             start = time.perf_counter()
             call()
             found.append(([1e6 * (time.perf_counter() - start)], 1e6 * (time.perf_counter() - start)))
@@ -146,7 +164,8 @@ def copy_rate(device: str) -> float:
         return machine.measure_rates().bytes_per_second
     source = torch.empty(COPIED // 4, device=device).normal_()
     target = torch.empty_like(source)
-    ((cold, _),) = Clock().in_turn([lambda: target.copy_(source)])
+    clock = Clock()
+    ((cold, _),) = clock.in_turn([clock.graphs(lambda: target.copy_(source))])
     return 2 * COPIED / (1e-6 * float(np.median(cold)))
 
 
@@ -191,46 +210,39 @@ class Recorder(TorchDispatchMode):
 
 
 def measure_case(
-    benchmark: Benchmark, case: Case, dtype: torch.dtype, device: str, clock: Clock | Rehearsal, rate: float
+    benchmark: Benchmark, case: Case, dtype: torch.dtype, clock: Clock | Rehearsal, rate: float, *, compiled: bool
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a case, or a row with `error` where a result is wrong or a call fails."""
-    base = Row(benchmark, case, dtype, STEP, "", device)
-    ours = [name for name in available(benchmark.op, dtype, device) if name in ("cuda", "triton")]
+    """Rows of a case: ours, reference and eager peers, or compiled peers; with `error` where one is wrong or fails."""
+    device = "cuda" if isinstance(clock, Clock) else "cpu"
+    ours = [name for name in available(benchmark.op, dtype, device) if name in OURS]
+    peers = [name for name in peers_of(benchmark, case, dtype) if name.endswith(COMPILED) == compiled]
     for direction in (FORWARD, "bwd", STEP):
-        names = [*ours, *(() if direction == "bwd" else ("reference", *peers_of(benchmark, case, dtype)))]
-        calls: dict[str, Callable[[], object]] = {}
+        if compiled:
+            names = peers if direction != "bwd" else []
+        else:
+            names = ours if direction == "bwd" else [*ours, "reference", *peers]
+        labels = dict(op=benchmark.op.name, case=case.name, dtype=str(dtype)[6:], direction=direction)
+        graphs: dict[str, Graphs] = {}
         for name in names:
-            row = dataclasses.replace(base, implementation=name)
+            row = Row(benchmark, case, dtype, STEP, name, device)
             try:
                 checked = gate.checked(row, name)
                 weights = gate.subject(benchmark, case, dtype, device).weights
                 call = backward(row, name) if direction == "bwd" else gate.step(checked, weights, direction)
                 if call is not None:
-                    call()
-                    calls[name] = call
+                    graphs[name] = clock.graphs(call)
             except Exception as error:  # of one implementation; the others are still measured
-                message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-                yield dict(
-                    op=benchmark.op.name, case=case.name, direction=direction, implementation=name, error=message
-                )
-        if not calls:
+                yield labels | dict(implementation=name, error=f"{type(error).__name__}: {error}"[:400])
+        if not graphs:
             continue
-        try:
-            times = dict(zip(calls, clock.in_turn(list(calls.values())), strict=True))
-        except Exception as error:
-            message = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]
-            yield dict(op=benchmark.op.name, case=case.name, direction=direction, implementation="all", error=message)
-            continue
-        subject = gate.subject(benchmark, case, dtype, device)
-        work = [benchmark.work(subject.inputs, d) for d in (FORWARD, STEP)]
-        moved = {FORWARD: work[0].bytes, STEP: work[1].bytes, "bwd": work[1].bytes - work[0].bytes}[direction]
-        for name, (cold, hot) in times.items():
-            p20, median, p80 = np.percentile(cold, (20, 50, 80))
-            yield dict(
-                op=benchmark.op.name, case=case.name, dtype=str(dtype)[6:], direction=direction, implementation=name,
-                median_us=round(float(median), 2), p20_us=round(float(p20), 2), p80_us=round(float(p80), 2),
-                hot_us=round(hot, 2), percent_of_copy=round(100e6 * moved / rate / float(median), 1),
-            )  # fmt: skip
+        times = clock.in_turn(list(graphs.values()))
+        inputs = gate.subject(benchmark, case, dtype, device).inputs
+        forward, step = (benchmark.work(inputs, d).bytes for d in (FORWARD, STEP))
+        moved = {FORWARD: forward, STEP: step, "bwd": step - forward}[direction]
+        for name, (cold, hot) in zip(graphs, times, strict=True):
+            p20, median, p80 = (round(float(t), 2) for t in np.percentile(cold, (20, 50, 80)))
+            figures = dict(median_us=median, p20_us=p20, p80_us=p80, hot_us=round(hot, 2))
+            yield labels | dict(implementation=name, **figures, percent_of_copy=round(100e6 * moved / rate / median, 1))
 
 
 def best(rows: list[dict[str, Any]], names: Callable[[str], bool], figure: str) -> dict[str, Any] | None:
@@ -248,14 +260,14 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
         if "error" not in row:
             groups.setdefault((row["op"], row["case"], row["dtype"], row["direction"]), []).append(row)
     for (op, case, dtype, direction), group in groups.items():
-        small = "1x" in case[:2] or "577x" in case[:4]  # stays in cache, as it does within a step
+        small = case.startswith(("1x3x", "577x", "1x152064"))  # stays in cache, as it does within a step
         figure = "hot_us" if small else "median_us"
-        ours = best(group, lambda n: n in ("cuda", "triton"), figure)
+        ours = best(group, lambda n: n in OURS, figure)
         if ours is None:
             continue
         ratios = []
         for wanted in (
-            lambda n: n not in ("cuda", "triton", PLAIN) and not n.endswith(COMPILED),
+            lambda n: n not in (*OURS, PLAIN) and not n.endswith(COMPILED),
             lambda n: n.endswith(COMPILED),
         ):
             peer = best(group, wanted, figure)
@@ -287,42 +299,54 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="small shapes, no GPU, no figure worth keeping")
     parser.add_argument("-k", dest="operators", default="", help="only operators whose name contains this")
+    parser.add_argument("--seconds", type=float, default=3600, help="compiled peers are left out after so long")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
     device = "cpu" if options.rehearse else "cuda"
     clock: Clock | Rehearsal = Rehearsal() if options.rehearse else Clock()
     rate = copy_rate(device)
-    surroundings = machine.surroundings() | {"device": device_name(device)}
-    print(f"{surroundings}\ncopy {1e-9 * rate:.0f} GB/s", flush=True)
+    surroundings = machine.surroundings() | {"device": device_name(device), "copy_gbps": round(1e-9 * rate)}
+    print(surroundings, flush=True)
+    file = options.folder / surroundings["device"] / "operators.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for benchmark in BENCHMARKS:
-        op = benchmark.op
-        if options.operators not in op.name:
-            continue
-        cases = op.gpu_benchmarks
-        if options.rehearse:
-            cases = tuple(case for case in op.cases if case.name in REHEARSED)
-        if benchmark is spectral.BENCHMARK:
-            cases = tuple(map(spectral.with_spectrum, cases))
-        for case in cases:
-            for dtype in (torch.bfloat16, torch.float32):
-                if not options.rehearse and dtype == torch.float32 and op.name == "linear_softmax_entropy":
-                    continue  # a head in float32 is not what a GPU runs
-                for row in measure_case(benchmark, case, dtype, device, clock, rate):
-                    rows.append(row | surroundings | {"copy_gbps": round(1e-9 * rate)})
-                    file = options.folder / surroundings["device"] / f"{op.name}.jsonl"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with file.open("a") as lines:
-                        lines.write(json.dumps(rows[-1]) + "\n")
-                gate.subject.cache_clear()
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-            print(op.name, case.name, "done", flush=True)
+
+    def measure(compiled: bool) -> None:
+        for benchmark, case, dtype in selected(options.operators, options.rehearse):
+            if compiled and time.monotonic() > deadline:
+                print("out of time for the other compiled peers", flush=True)
+                return
+            for row in measure_case(benchmark, case, dtype, clock, rate, compiled=compiled):
+                rows.append(row)
+                with file.open("a") as lines:
+                    lines.write(json.dumps(row | surroundings) + "\n")
+            gate.subject.cache_clear()
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(benchmark.op, case, str(dtype)[6:], "compiled peers" if compiled else "", flush=True)
+
+    try:
+        measure(compiled=False)
+        measure(compiled=True)
+    except KeyboardInterrupt:
+        print("stopped")
     print(*summary(rows), sep="\n")
     errors = [row for row in rows if "error" in row]
     for row in errors:
-        print("ERROR", row["op"], row["case"], row["direction"], row["implementation"], row["error"])
-    sys.exit(any(row["implementation"] in backends.NATIVE for row in errors))
+        print("ERROR", *(row[name] for name in ("op", "case", "dtype", "direction", "implementation", "error")))
+    sys.exit(any(row["implementation"] in OURS for row in errors))
+
+
+def selected(operators: str, rehearse: bool) -> Iterator[tuple[Benchmark, Case, torch.dtype]]:
+    for benchmark in BENCHMARKS:
+        op = benchmark.op
+        if operators not in op.name:
+            continue
+        cases = [case for case in op.cases if case.name in REHEARSED] if rehearse else op.gpu_benchmarks
+        for case in map(spectral.with_spectrum, cases) if benchmark is spectral.BENCHMARK else cases:
+            yield benchmark, case, torch.bfloat16
+            if rehearse or benchmark is not head.BENCHMARK:  # a head in float32 is not what a GPU runs
+                yield benchmark, case, torch.float32
 
 
 if __name__ == "__main__":

@@ -27,45 +27,46 @@ build() {  # without pyproject.toml, which older setuptools cannot read
   rm -rf build/gpu && mkdir -p build/gpu/vqfast && cp setup.py build/gpu && ln -s ../../csrc build/gpu/csrc &&
     (cd build/gpu && "$python" setup.py -q build_ext --inplace) && cp build/gpu/vqfast/*.so vqfast/
 }
+export python
+export -f build
 
 part() {  # part NAME SECONDS COMMAND...: unless another part alone was asked for
   local name=$1 seconds=$2; shift 2
   [ -z "$only" ] || [ "$only" = "$name" ] || return 0
   local start=$SECONDS status=0
-  if [ "$1" = build ]; then
-    build >"$folder/$name.log" 2>&1 || status=$?
-  else
-    timeout "$seconds" "$@" >"$folder/$name.log" 2>&1 || status=$?
-  fi
+  timeout -s INT -k 15 "$seconds" "$@" >>"$folder/$name.log" 2>&1 || status=$?  # interrupted, so that both still report
   [ $status = 0 ] || failed=1
-  echo "$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status)") in $((SECONDS - start)) s, $name.log" | tee -a "$folder/summary.txt"
-  [ "$name" = bench ] || grep -E "^(FAILED|ERROR)|[0-9]+ (passed|failed)|error:|ERROR SUMMARY" "$folder/$name.log" | tail -25 | tee -a "$folder/summary.txt"
+  {
+    echo "$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status)") in $((SECONDS - start)) s, $name.log"
+    [ "$name" = bench ] || grep -E "^(FAILED|ERROR)|[0-9]+ (passed|failed)|error:|ERROR SUMMARY" "$folder/$name.log" | tail -25
+  } | tee -a "$folder/summary.txt"
 }
 
-: >"$folder/summary.txt"
+[ -n "$only" ] || rm -f "$folder"/{summary.txt,build.log,tests.log,sanitize.log,bench.log}
 several=()
 "$python" -c "import xdist" 2>/dev/null && several=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")  # Triton compiles on every core
 if [ -n "$rehearse" ]; then
   export TRITON_INTERPRET=1
   VQFAST_EMULATED_CUDA=$("$python" tests/emulation/build.py) || exit 1
   export VQFAST_EMULATED_CUDA
-  quick=(-k "(triton or cuda) and float64 and bfloat16 and (k7r1 or rows or tokens or one_position or own)")
+  quick=(-k "(triton or cuda) and not test_without_gpu and float64 and bfloat16 and (k7r1 or rows or tokens or one_position or own)")
 else
   capability=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") || exit 1
   [ "$capability" != 90 ] || capability=90a
   export VQFAST_BUILD=cuda VQFAST_CUDA_ARCHITECTURES=$capability
-  part build 150 build
-  quick=(-k "triton or cuda")
+  part build 110 bash -c build
+  quick=(-k "(triton or cuda or test_gpu) and not test_without_gpu")
 fi
 export VQFAST_REQUIRE=cuda,triton
-part tests 270 "$python" -m pytest -q -p no:cacheprovider "${several[@]}" tests/ops "${quick[@]}"
+part tests 170 "$python" -m pytest -q -p no:cacheprovider "${several[@]}" tests/ops "${quick[@]}"
 if [ -z "$rehearse" ] && command -v compute-sanitizer >/dev/null; then
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize 100 compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q \
-      -p no:cacheprovider tests/ops/test_generic.py -k "cuda and float64 and bfloat16 and (k7r1 or own_channel or tokens or packed)"
-    [ ! -e "$folder/sanitize.log" ] || mv "$folder/sanitize.log" "$folder/sanitize-$tool.log"
+    part sanitize 30 compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
+      tests/ops/test_generic.py -k "cuda and float64 and bfloat16 and (k7r1 or own_channel or tokens or packed)"
   done
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
-part bench 300 "$python" -m benchmarks.gpu $rehearse "$folder"
-[ ! -e "$folder/bench.log" ] || sed -n '/^operator /,$p' "$folder/bench.log" | tee -a "$folder/summary.txt"
+part bench 170 "$python" -m benchmarks.gpu $rehearse --seconds 140 "$folder"
+[ -n "$only" ] && [ "$only" != bench ] || sed -n '/^operator /,$p' "$folder/bench.log" | tee -a "$folder/summary.txt"
 exit $failed

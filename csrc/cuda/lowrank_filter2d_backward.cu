@@ -11,7 +11,6 @@
 namespace vqfast {
 namespace {
 
-constexpr int kTile = 128;   // columns of a warp
 constexpr int kMinRows = 8;  // of a warp: it reads kShifts - 1 rows of g more
 constexpr int kWarpsWanted = kMultiprocessors * 16;
 constexpr int kFinishThreads = 512;

@@ -6,7 +6,7 @@
 
 namespace vqfast {
 
-constexpr int kTile = 128;
+constexpr int kTile = 128;  // columns of a warp
 
 // As of floats in device.h.
 __device__ __forceinline__ double warp_sum(double value) {

@@ -36,6 +36,20 @@ def test_mix_zero_is_the_image_bit_for_bit(backend, dtype):
     assert torch.equal(lowrank_filter2d(image, taps, taps, 0.0, backend=backend), image)
 
 
+@pytest.mark.parametrize(("pixels", "scale_y", "scale_x"), [(3e4, 1, 1 / 16), (1, 1e5, 1e-5), (1, 1e-6, 1e6)])
+def test_float16_image_with_parts_of_the_filter_beyond_its_range(backend, pixels, scale_y, scale_x):
+    """How a kernel's scale is shared between its two factors is arbitrary; arithmetic is in float32."""
+    g = torch.Generator().manual_seed(0)
+    image = (pixels * torch.rand(1, 2, 30, 40, generator=g)).half()
+    u, v = ((torch.tensor([[1.0, 2.0, 1.0]]) * scale).requires_grad_() for scale in (scale_y, scale_x))
+    results = []
+    for name, x in ((backend, image), ("reference", image.float())):
+        y = lowrank_filter2d(x, u, v, 0.7, backend=name)
+        results.append((y.detach(), *torch.autograd.grad(y, (u, v), torch.full_like(y, 1e-3))))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual.float(), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
 def test_per_sample_parameters_act_on_their_own_sample(backend):
     image, taps = torch.randn(3, 3, 16, 16), torch.randn(3, 2, 5)
     mix, gain, bias = torch.randn(3), torch.randn(3), torch.randn(3, 3)

@@ -19,7 +19,9 @@ def absent(kind: str, reason: object) -> None:
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     options = ["-q", "-p", "no:cacheprovider", f"--ignore={__file__}", "tests/ops"]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment, capture_output=True, text=True
+    )
 
 
 def assert_passed(done: subprocess.CompletedProcess) -> None:

@@ -224,7 +224,7 @@ def test_normalisation_comes_from_the_processor_file_the_encoder_or_the_user(mod
         (dict(filter=None, lora_blocks=0), "nothing to tune"),
         (dict(filter=None, candidates="default"), "candidates are filter presets"),
         (dict(candidates=["blur"]), "candidates must be None, 'default' or a list of Preset"),
-        (dict(backend="tpu"), "backend must be one of 'reference', 'cpu', None"),
+        (dict(backend="tpu"), "backend must be one of 'reference', 'cpu', 'cuda', 'triton', None"),
         (dict(objective="loss"), "objective must be one of 'answer_entropy'"),
     ],
 )

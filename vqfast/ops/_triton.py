@@ -30,7 +30,7 @@ def dot(a, b):
 
 @triton.jit
 def dot_two_parts(a, b):
-    """a b, [M, K] x [K, N], for a in float32 and b in a dtype of 16 bits: a is taken as the sum of two such numbers."""
+    """a b, [M, K] x [K, N], for a in float32 and b in that or bfloat16: then a is taken as the sum of two of these."""
     if b.dtype == tl.float32:
         return dot(a, b)
     high = a.to(b.dtype)

@@ -170,7 +170,7 @@ def _lora_linear_sum_kernel(
     partial, da, db, offsets, scaling, T, samples, M, blocks, K, N, r: tl.constexpr, chunks,
     BM: tl.constexpr, SAMPLES: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    sample, size = tl.program_id(1), r * (K + N)
+    sample, size = tl.program_id(0), r * (K + N)
     if offsets is None:
         first, count = sample * blocks, blocks
     else:
@@ -178,7 +178,7 @@ def _lora_linear_sum_kernel(
         own = tl.arange(0, SAMPLES) == sample
         count = tl.sum(tl.where(own, own_blocks, 0), 0)
         first = tl.sum(tl.where(own, last, 0), 0) - count
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
     total = tl.zeros([BE], tl.float32)
     for i in range(chunks):
         block = i * BP + tl.arange(0, BP)
@@ -196,8 +196,9 @@ def _tiles(rows: int, rank: int, half: bool) -> dict[str, int]:
         return dict(BM=16, BK=64, BC=64, WAYS=4, num_warps=8, num_stages=2)
     if rank <= 16 and rows < MANY_ROWS:
         return dict(BM=16, BK=256, BC=256, WAYS=8, num_warps=8, num_stages=5)
-    bm = 128 if rank > 16 and rows >= MANY_ROWS else 64
-    return dict(BM=bm, BK=64, BC=64, WAYS=1, num_warps=8, num_stages=4)
+    if rank > 16 and rows >= MANY_ROWS:
+        return dict(BM=128, BK=64, BC=64, WAYS=1, num_warps=8, num_stages=3)
+    return dict(BM=64, BK=64, BC=64, WAYS=1, num_warps=8, num_stages=4)
 
 
 class _Call:
@@ -261,7 +262,7 @@ def lora_linear_bwd(
         )  # fmt: skip
     parts = min(64, triton.next_power_of_2(max(1, call.summed)))
     elements = SUM_TILE // parts
-    _lora_linear_sum_kernel[(triton.cdiv(size, elements), call.samples)](
+    _lora_linear_sum_kernel[(call.samples, triton.cdiv(size, elements))](
         partial, da, db, *call.arguments, triton.cdiv(call.summed, parts),
         BM=call.tiles["BM"], SAMPLES=call.tiles["SAMPLES"], BP=parts, BE=elements,
     )  # fmt: skip

@@ -54,9 +54,12 @@ def _source(position, size, PADDING: tl.constexpr):
 
 @triton.jit
 def _pixels(plane, y, x, height, width, wanted):
-    """Tile [y, x] of a plane; zeros outside."""
+    """Tile [y, x] of a plane, zeros outside. float16 becomes float32: taps and filtered rows may leave its range."""
     inside = wanted & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return tl.load(plane + y * width + x, mask=inside, other=0.0)
+    tile = tl.load(plane + y * width + x, mask=inside, other=0.0)
+    if tile.dtype == tl.float16:
+        tile = tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
@@ -325,7 +328,7 @@ def lowrank_filter2d_bwd(
     taps_stride, mix_stride, gain_stride, gain_step, *_ = parameters.strides
     _lowrank_filter2d_correlate_kernel[(rows,)](
         grad, image, y_taps, x_taps, lags, values, channels, height, width, tiles_x, tiles, parts, taps_stride, **shape,
-        PADDING=padding, TILE=tile, **_schedule(tile, heavy=image.dtype == torch.float32),
+        PADDING=padding, TILE=tile, **_schedule(tile, heavy=image.dtype != torch.bfloat16),
     )  # fmt: skip
     taps_samples = taps_y.shape[0] if taps_y.dim() == 3 else 1
     counts = (*_counts(gain), *_counts(bias))

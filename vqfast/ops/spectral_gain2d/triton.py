@@ -57,8 +57,8 @@ def _spectral_gain2d_product_kernel(
     GAIN: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """result = a b of every plane; a plane stride of 0 stands for a matrix that all planes share."""
-    plane, sample = tl.program_id(2).to(tl.int64), tl.program_id(2) // channels
-    y, x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    plane, sample = tl.program_id(0).to(tl.int64), tl.program_id(0) // channels
+    y, x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     product = _product(
         a + plane * a_plane, b + plane * b_plane, y, x, height, width, inner, a_step, a_inner, b_step, b_inner,
         gain_y + sample * y_stride, gain_x + sample * x_stride, GAIN, RANK, PRECISION, INNER,
@@ -74,10 +74,10 @@ def _spectral_gain2d_gradient_kernel(
     IMAGE_GRAD: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """S = rows C_W^T, the spectrum of the gradient; sums of a tile of S o X along x with b_r and along y with a_r."""
-    plane, sample = tl.program_id(2).to(tl.int64), tl.program_id(2) // channels
+    plane, sample = tl.program_id(0).to(tl.int64), tl.program_id(0) // channels
     gain_y += sample * y_stride
     gain_x += sample * x_stride
-    y, x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y, x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     offset = plane * height * width
     s = _product(
         rows + offset, basis, y, x, height, width, width, width, 1, width, 1, gain_y, gain_x,
@@ -86,7 +86,7 @@ def _spectral_gain2d_gradient_kernel(
     at = offset + y[:, None] * width + x[None, :]
     inside = (y < height)[:, None] & (x < width)[None, :]
     slope = s * tl.load(spectrum + at, mask=inside, other=0.0)
-    to_y = partial_y + (plane * tl.num_programs(0) + tl.program_id(0)) * RANK * height + y
+    to_y = partial_y + (plane * tl.num_programs(2) + tl.program_id(2)) * RANK * height + y
     to_x = partial_x + (plane * tl.num_programs(1) + tl.program_id(1)) * RANK * width + x
     for r in tl.static_range(RANK):
         b = tl.load(gain_x + r * width + x, mask=x < width, other=0.0)
@@ -102,9 +102,9 @@ def _spectral_gain2d_sum_kernel(
     partial_y, partial_x, d_gain_y, d_gain_x, rows_y, rows_x, size_y, size_x, RANK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Adds up `rows` partial sums [RANK, size] of every sample, in order; along y or along x."""
-    sample, axis = tl.program_id(1), tl.program_id(2)
+    sample, axis = tl.program_id(0), tl.program_id(2)
     rows, size = tl.where(axis == 0, rows_y, rows_x), tl.where(axis == 0, size_y, size_x) * RANK
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     partial = tl.where(axis == 0, partial_y, partial_x) + sample.to(tl.int64) * rows * size + at
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(rows):
@@ -130,10 +130,11 @@ class _Planes:
         )
         self.own = tuple(g[0].numel() if g.dim() == 3 else 0 for g in self.gains)
         self.rank = 1 if gain_y is None else gain_y.shape[-2]
-        # tf32 is finer than a 16-bit image; three products of its parts make up float32
-        precision = "tf32x3" if like.dtype == torch.float32 else "tf32"
+        # tf32 as the tensor cores take it, cut off after 10 bits, is finer than bfloat16 alone
+        precision = "tf32" if like.dtype == torch.bfloat16 else "tf32x3"
         self.constants: dict[str, Any] = dict(RANK=self.rank, PRECISION=precision, BLOCK=BLOCK, INNER=BLOCK_INNER)
-        self.grid = (triton.cdiv(self.width, BLOCK), triton.cdiv(self.height, BLOCK), self.batch * self.channels)
+        self.tiles_y, self.tiles_x = triton.cdiv(self.height, BLOCK), triton.cdiv(self.width, BLOCK)
+        self.grid = (self.batch * self.channels, self.tiles_y, self.tiles_x)
 
     def left(self, planes: Tensor, dtype: torch.dtype = torch.float32, *, inverse: bool = False) -> Tensor:
         """C_H planes, or C_H^T planes."""
@@ -164,8 +165,8 @@ class _Planes:
         if not rows.numel():
             return result, *(g.zero_() for g in grads)  # type: ignore[return-value]
         planes = self.batch * self.channels
-        partial_y = rows.new_empty((planes, self.grid[0], self.rank, self.height))
-        partial_x = rows.new_empty((planes, self.grid[1], self.rank, self.width))
+        partial_y = rows.new_empty((planes, self.tiles_x, self.rank, self.height))
+        partial_x = rows.new_empty((planes, self.tiles_y, self.rank, self.width))
         _spectral_gain2d_gradient_kernel[self.grid](
             rows, self.c_w, spectrum, result, partial_y, partial_x, *self.gains, self.channels, self.height, self.width,
             *self.own, IMAGE_GRAD=image_grad, **self.constants,
@@ -173,8 +174,8 @@ class _Planes:
         samples = self.gains[0].shape[0] if self.gains[0].dim() == 3 else 1
         covered = planes // samples
         blocks = triton.cdiv(self.rank * max(self.height, self.width), BLOCK_SUM)
-        _spectral_gain2d_sum_kernel[(blocks, samples, 2)](
-            partial_y, partial_x, *grads, covered * self.grid[0], covered * self.grid[1], self.height, self.width,
+        _spectral_gain2d_sum_kernel[(samples, blocks, 2)](
+            partial_y, partial_x, *grads, covered * self.tiles_x, covered * self.tiles_y, self.height, self.width,
             RANK=self.rank, BLOCK=BLOCK_SUM,
         )  # fmt: skip
         return result, grads[0], grads[1]

@@ -54,6 +54,7 @@ OPERATOR = OperatorCases(
     gpu_benchmarks=(
         _case("577x1024x1024-r8", (577,), 1024, 1024, 8),
         _case("32x577x1024x1024-r8-own", (32, 577), 1024, 1024, 8, samples=32),
+        _case("8192x1024x1024-r64", (8192,), 1024, 1024, 64),
     ),
     scaling=(
         *(_case(f"rank={rank}", (577,), 1024, 1024, rank) for rank in (4, 8, 16, 32, 64)),
