@@ -2,15 +2,12 @@
 // them
 //   t = x A^T,   y += s t B^T;        ds = s dy B,   dx += ds A,   dA = ds^T x,   dB = s dy^T t
 // in fp32, for one adapter or one per run of rows (a sample).
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
+#include "common/lora_linear.h"
 
 #define VQ_LOOPS "cpu/lora_linear_loops.h"
 #include "common/each_target.h"
@@ -19,7 +16,6 @@ namespace vqfast {
 namespace {
 
 constexpr int64_t kMinTaskSize = 1 << 15;  // values; below it a second thread costs more than it saves
-constexpr int64_t kMaxRank = 64;
 
 // A matrix [rows, width] whose rows are whole vectors: the tensor itself, or a copy with zeros behind every row.
 template <class T>
@@ -53,46 +49,22 @@ struct Run {
   int64_t sample, begin, end;
 };
 
-// The arguments of forward and backward, checked and contiguous.
-struct Arguments {
-  Tensor x, weight, lora_a, lora_b;
-  int64_t rows, inputs, outputs, rank, samples;
+struct Arguments : LoRAArguments {
   float scaling;
   std::vector<Run> runs;
 
-  Arguments(const Tensor& x_, const Tensor& weight_, const Tensor& lora_a_, const Tensor& lora_b_, double scaling_,
-            const std::optional<Tensor>& row_offsets)
-      : x(torch::stable::contiguous(x_)),
-        weight(weight_),
-        lora_a(torch::stable::contiguous(lora_a_)),
-        lora_b(torch::stable::contiguous(lora_b_)),
-        scaling(float(scaling_)) {
-    STD_TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1),
-                    "x must be [..., K] and weight [N, K]");
-    STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
-    check_float32(lora_a, "lora_a"), check_float32(lora_b, "lora_b");
-    outputs = weight.size(0), inputs = weight.size(1);
-    STD_TORCH_CHECK(lora_a.dim() == 2 || lora_a.dim() == 3, "lora_a must be [r, K] or [B, r, K]");
-    samples = lora_a.dim() == 3 ? lora_a.size(0) : 1, rank = lora_a.size(-2);
-    STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank && lora_a.size(-1) == inputs, "lora_a must be [r, K] or [B, r, K]");
-    STD_TORCH_CHECK(
-        lora_b.dim() == lora_a.dim() && lora_b.numel() == samples * outputs * rank && lora_b.size(-1) == rank,
-        "lora_b must be [N, r] or [B, N, r]");
-    rows = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-    if (row_offsets) {
-      const Tensor offsets = torch::stable::contiguous(*row_offsets);
-      STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.numel() == samples + 1,
-                      "row_offsets must be int32 [B + 1]");
-      const int32_t* at = offsets.const_data_ptr<int32_t>();
-      for (int64_t s = 0, last = 0; s < samples; ++s) {  // in x and apart, whatever the offsets say
+  Arguments(const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling_,
+            const std::optional<Tensor>& offsets)
+      : LoRAArguments(x, weight, lora_a, lora_b, offsets), scaling(float(scaling_)) {
+    const int32_t* at = row_offsets ? row_offsets->const_data_ptr<int32_t>() : nullptr;
+    for (int64_t s = 0, last = 0; s < samples; ++s) {
+      if (at) {  // in x and apart, whatever the offsets say
         const int64_t begin = std::clamp<int64_t>(at[s], last, rows);
         last = std::clamp<int64_t>(at[s + 1], begin, rows);
         runs.push_back({s, begin, last});
+      } else {
+        runs.push_back({s, s * rows / samples, (s + 1) * rows / samples});
       }
-    } else {
-      STD_TORCH_CHECK(samples == 1 || (x.dim() == 3 && x.size(0) == samples), "x must be [B, M, K]");
-      for (int64_t s = 0; s < samples; ++s) runs.push_back({s, s * rows / samples, (s + 1) * rows / samples});
     }
   }
 
@@ -124,13 +96,6 @@ struct Arguments {
     });
   }
 };
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Tensor& lora_a, const Tensor& lora_b, double scaling,

@@ -4,11 +4,11 @@
 // A block has rows of one sample and either columns of y forward, of x backward (t or ds is found anew by every block
 // of the same rows), or of dy backward. Its shares of dA and dB go to scratch; the last launch adds them in order.
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "common/lora_linear.h"
 #include "cuda/lora_linear_blocks.h"
 
 namespace vqfast {
@@ -73,45 +73,19 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const float* partial, 
     d_b[(int64_t(run.sample) * p.outputs.width + column) * p.rank + rank] = p.scaling * sum;
 }
 
-// The arguments of forward and backward, checked and contiguous, and how they are divided into blocks.
-struct Arguments {
-  Tensor x, weight, lora_a, lora_b;
-  std::optional<Tensor> offsets;
+// The arguments, and how they are divided into blocks.
+struct Arguments : LoRAArguments {
   Problem problem;
   int64_t row_blocks;
   bool whole;  // every row is vectors of 8, and all are aligned
 
   Arguments(const Tensor& x_, const Tensor& weight_, const Tensor& lora_a_, const Tensor& lora_b_, double scaling,
-            const std::optional<Tensor>& row_offsets)
-      : x(torch::stable::contiguous(x_)),
-        weight(weight_),
-        lora_a(torch::stable::contiguous(lora_a_)),
-        lora_b(torch::stable::contiguous(lora_b_)) {
-    STD_TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1),
-                    "x must be [..., K] and weight [N, K]");
-    STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
-    check_float32(lora_a, "lora_a"), check_float32(lora_b, "lora_b");
-    const int64_t outputs = weight.size(0), inputs = weight.size(1);
-    STD_TORCH_CHECK(lora_a.dim() == 2 || lora_a.dim() == 3, "lora_a must be [r, K] or [B, r, K]");
-    const int64_t samples = lora_a.dim() == 3 ? lora_a.size(0) : 1, rank = lora_a.size(-2);
-    STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank && lora_a.size(-1) == inputs, "lora_a must be [r, K] or [B, r, K]");
-    STD_TORCH_CHECK(
-        lora_b.dim() == lora_a.dim() && lora_b.numel() == samples * outputs * rank && lora_b.size(-1) == rank,
-        "lora_b must be [N, r] or [B, N, r]");
-    int64_t rows = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-    if (row_offsets) {
-      offsets = torch::stable::contiguous(*row_offsets);
-      STD_TORCH_CHECK(offsets->scalar_type() == ScalarType::Int && offsets->numel() == samples + 1,
-                      "row_offsets must be int32 [B + 1]");
-    } else {
-      STD_TORCH_CHECK(samples == 1 || (x.dim() == 3 && x.size(0) == samples), "x must be [B, M, K]");
-    }
-
+            const std::optional<Tensor>& offsets)
+      : LoRAArguments(x_, weight_, lora_a_, lora_b_, offsets) {
     const int64_t sample_rows = rows / std::max<int64_t>(1, samples);
     const auto blocks_of = [&](int shift) {
       if (samples == 0) return int64_t(0);
-      return offsets ? (rows >> shift) + samples : samples * ((sample_rows + (1 << shift) - 1) >> shift);
+      return row_offsets ? (rows >> shift) + samples : samples * ((sample_rows + (1 << shift) - 1) >> shift);
     };
     // Fewer rows cost more scratch, more tiles another product each: rows first, down to half the blocks that are
     // wanted.
@@ -131,7 +105,7 @@ struct Arguments {
         .inputs = side(inputs),
         .outputs = side(outputs),
         .rows = rows,
-        .offsets = offsets ? offsets->const_data_ptr<int32_t>() : nullptr,
+        .offsets = row_offsets ? row_offsets->const_data_ptr<int32_t>() : nullptr,
         .sample_rows = sample_rows,
         .sample_blocks = samples ? int(row_blocks / samples) : 0,
         .samples = int(samples),
@@ -148,13 +122,6 @@ struct Arguments {
   // Of the sums of all warps; the weights of a block take no more.
   int64_t shared_bytes() const { return problem.groups * kMostRows * kRanks * int64_t(sizeof(float)); }
 };
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // t of rows that belong to no sample is left as it is: nothing reads it.
 std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

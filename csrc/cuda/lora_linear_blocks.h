@@ -15,7 +15,6 @@ constexpr int kPassColumns = kWarps * 8 * kColumns;  // of a block at once
 constexpr int kLowestShift = 4, kHighestShift = 7, kMostRows = 1 << kHighestShift;
 constexpr int kMaxTiles = 4;  // of the columns; each costs the product with an adapter once more
 constexpr int kBlocks = 512;  // wanted: about four per multiprocessor of an H100 or H200
-constexpr int64_t kMaxRank = 64;
 
 // Blocks that a multiprocessor holds at once: so many that no register spills.
 template <class T, bool kWhole>

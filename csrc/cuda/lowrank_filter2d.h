@@ -2,19 +2,16 @@
 #pragma once
 #include <climits>
 #include <optional>
-#include <utility>
 
+#include "common/lowrank_filter2d.h"
 #include "cuda/device.h"
 
 namespace vqfast {
 
-constexpr int kMaxTaps = 31;
 constexpr int kMultiprocessors = 132;  // that a grid is sized for (H100, H200); it runs on any other number
 
 constexpr int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-enum class Padding : int { kReflect = 0, kReplicate = 1, kZeros = 2 };
 
 // Source index of padded position i in [-p, n + p), or -1 for a zero.
 __device__ __forceinline__ int source_index(int i, int n, Padding padding) {
@@ -50,54 +47,12 @@ struct Filter {
   Padding padding;
 };
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-// The arguments of forward and backward, checked and contiguous.
-struct __attribute__((visibility("hidden"))) Arguments {  // as Tensor is
-  Tensor image, taps_y, taps_x, mix;
-  std::optional<Tensor> gain, bias;
-  int64_t batch, channels, height, width, rank, taps;
-  Padding padding;
-
-  Arguments(const Tensor& image_, const Tensor& taps_y_, const Tensor& taps_x_, const Tensor& mix_,
-            const std::optional<Tensor>& gain_, const std::optional<Tensor>& bias_, int64_t padding_)
-      : image(torch::stable::contiguous(image_)),
-        taps_y(torch::stable::contiguous(taps_y_)),
-        taps_x(torch::stable::contiguous(taps_x_)),
-        mix(torch::stable::contiguous(mix_)),
-        gain(contiguous(gain_)),
-        bias(contiguous(bias_)) {
-    STD_TORCH_CHECK(image.dim() == 4, "image must be [B, C, H, W]");
-    batch = image.size(0), channels = image.size(1), height = image.size(2), width = image.size(3);
+struct Arguments : FilterArguments {
+  template <class... Given>
+  explicit Arguments(const Given&... given) : FilterArguments(given...) {
     STD_TORCH_CHECK(planes() <= INT_MAX && height <= INT_MAX / 4 && width <= INT_MAX / 4, "image is too large");
-    STD_TORCH_CHECK(taps_y.dim() == 2 || (taps_y.dim() == 3 && taps_y.size(0) == batch),
-                    "taps must be [R, k] or [B, R, k]");
-    rank = taps_y.size(-2), taps = taps_y.size(-1);
-    STD_TORCH_CHECK(rank >= 1 && rank <= 8, "the rank must be 1 to 8");
-    STD_TORCH_CHECK(taps % 2 == 1 && taps <= kMaxTaps, "the number of taps must be odd and at most ", kMaxTaps);
-    STD_TORCH_CHECK(taps_x.dim() == taps_y.dim() && taps_x.size(0) == taps_y.size(0) && taps_x.size(-2) == rank &&
-                        taps_x.size(-1) == taps,
-                    "taps_x must have the shape of taps_y");
-    STD_TORCH_CHECK(mix.dim() == 0 || (mix.dim() == 1 && mix.size(0) == batch), "mix must be a scalar or [B]");
-    STD_TORCH_CHECK(padding_ >= 0 && padding_ <= 2, "padding must be 0 (reflect), 1 (replicate) or 2 (zeros)");
-    padding = static_cast<Padding>(padding_);
-    STD_TORCH_CHECK(padding != Padding::kReflect || (height > taps / 2 && width > taps / 2),
-                    "reflect padding needs an image larger than k / 2");
-    STD_TORCH_CHECK(padding != Padding::kReplicate || (height > 0 && width > 0), "replicate padding needs pixels");
-    for (const auto& [tensor, name] : {std::pair{&gain, "gain"}, {&bias, "bias"}}) {
-      if (!*tensor) continue;
-      const Tensor& t = **tensor;
-      STD_TORCH_CHECK(t.dim() <= 2 && (t.dim() < 1 || t.size(0) == batch) && (t.dim() < 2 || t.size(1) == channels),
-                      name, " must be a scalar, [B] or [B, C]");
-      check_float32(t, name);
-    }
-    for (const auto& [tensor, name] : {std::pair{&taps_y, "taps_y"}, {&taps_x, "taps_x"}, {&mix, "mix"}})
-      check_float32(*tensor, name);
   }
 
-  int64_t planes() const { return batch * channels; }
   Filter filter() const {
     const Parameter u(taps_y, rank * taps, 2), v(taps_x, rank * taps, 2);
     return {u,           v,          Parameter(mix), Parameter(gain), Parameter(bias), int(channels),
