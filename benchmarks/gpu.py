@@ -36,7 +36,7 @@ from vqfast.testing.cases import Case
 FLUSHED = 1 << 28  # bytes written between two cold calls: several times the last-level cache
 COPIED = 1 << 30
 REPEATS = 10
-SLOW_US = 1000
+SLOW_US = 1000  # of all calls together: hot ones are then timed a few times only
 BUDGET_US = 3e5  # of the cold calls of a case and direction
 ROUNDS = (9, 40)
 BENCHMARKS = {
@@ -48,10 +48,8 @@ BENCHMARKS = {
 }
 REHEARSED = ("k7r1", "radix_3_and_5", "rows_no_bias", "own", "rows", "one_position", "positions_bias")
 OURS = ("cuda", "triton")
-OWN_ONLY, SHARED_ONLY = (
-    ("bmm", "bmm-compiled"),
-    ("addmm", "textbook-compiled"),
-)  # which adapters a peer of lora_linear takes
+OWN_ONLY = ("bmm", "bmm-compiled")  # peers of lora_linear that take an adapter per sample
+SHARED_ONLY = ("addmm", "textbook-compiled")
 
 
 @dataclass(frozen=True)
