@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
-from benchmarks import check, conftest, gate, machine, report, results
+from benchmarks import check, conftest, gate, gpu, machine, report, results
 from benchmarks.peers import PEERS, eager, log_softmax_entropy
 from benchmarks.rows import STEP, Benchmark, Row, rows
 from benchmarks.test_softmax_entropy import BENCHMARK
@@ -226,3 +226,39 @@ def test_device_is_a_slug(monkeypatch):
     monkeypatch.setattr(machine, "processor", lambda: "AMD EPYC (tm) 9/B14")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert machine.device() == "amd-epyc-tm-9-b14-2-threads"
+
+
+def test_gpu_rehearsal(tmp_path):
+    """The command for a GPU, without one: rows of the interpreted kernel and its peers, and the summary."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "-k", "spectral", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=machine.ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("rehearsal-*/operators.jsonl")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(row["implementation"], row["direction"]) for row in found} >= {("triton", "bwd"), ("rfft", "fwd+bwd")}
+    assert not [row for row in found if "error" in row]
+    assert "spectral_gain2d        radix_3_and_5            float32   fwd+bwd triton" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "direction", "ours", "peer", "verdict"),
+    [
+        ("lowrank_filter2d", "1x3x336x336-k7-r1", "fwd", 4.9, 50, "<= 5 us met"),
+        ("lowrank_filter2d", "1x3x336x336-k7-r1", "bwd", 9.1, 50, "<= 9 us NOT MET"),
+        ("lowrank_filter2d", "64x3x336x336-k7-r1", "fwd", 40, 50, ">= 75 % of copy NOT MET"),
+        ("lora_linear", "577x1024x1024-r8", "fwd+bwd", 13.4, 10, "<= 1.35 x plain (1.34) met"),
+        ("lora_linear", "577x1024x1024-r8", "fwd+bwd", 13.6, 10, "<= 1.35 x plain (1.36) NOT MET"),
+    ],
+)
+def test_gpu_summary_holds_rows_to_their_targets(op, case, direction, ours, peer, verdict):
+    def row(implementation, us):
+        figures = dict(median_us=us, hot_us=us, percent_of_copy=70.0)
+        return dict(op=op, case=case, dtype="bfloat16", direction=direction, implementation=implementation, **figures)
+
+    slower, failed = row("triton", 2 * ours), row("cuda", 0) | {"error": "wrong"}
+    _, line = gpu.summary([row("cuda", ours), slower, row("plain", peer), row("reference", 3 * ours), failed])
+    assert line.endswith(verdict)
+    assert f" cuda {ours:>12.1f}" in line
+    assert "3.00" in line
