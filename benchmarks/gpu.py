@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gate, machine
 from benchmarks import test_linear_softmax_entropy as head
@@ -32,6 +31,7 @@ from benchmarks import test_spectral_gain2d as spectral
 from benchmarks.peers import COMPILED, PLAIN
 from benchmarks.rows import FORWARD, STEP, Benchmark, Row, available
 from vqfast.testing.cases import Case
+from vqfast.testing.recorder import Recorder
 
 FLUSHED = 1 << 28  # bytes written between two cold calls: several times the last-level cache
 COPIED = 1 << 30
@@ -192,19 +192,6 @@ def backward(row: Row, name: str) -> Callable[[], object] | None:
         if operator.name().endswith("_bwd"):
             return functools.partial(operator, *arguments)
     return None
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the calls of a native backend's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace.startswith("vqfast_"):
-            self.calls.append((function, args))
-        return function(*args, **kwargs or {})
 
 
 def measure_case(

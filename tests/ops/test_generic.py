@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqfast import _native, backends
 from vqfast.testing.cases import Case, OperatorCases, all_operators
 from vqfast.testing.here import device, kernels_here, missing
+from vqfast.testing.recorder import Recorder
 from vqfast.testing.tolerances import assert_close_to_exact
 
 OPERATORS = all_operators()
@@ -112,19 +112,6 @@ def test_gradcheck(op: OperatorCases, case: Case):
         [inputs[n] for n in names],
         fast_mode=True,
     )
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps every call to an operator of a native backend."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("vqfast_"):
-            self.calls.append((function, args))
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize(("op", "case", "backend"), QUICK_ON_KERNELS)

@@ -248,26 +248,20 @@ class _Parameters(NamedTuple):
         return cls(tuple(tensors), (*per_sample, *_steps(tensors[3]), *_steps(tensors[4])))
 
 
-def _steps(tone: Tensor) -> tuple[int, int]:
-    """From a sample and from a channel to the next of a gain or bias [], [B] or [B, C]."""
-    return (0, 0) if tone.dim() == 0 else (1, 0) if tone.dim() == 1 else (tone.shape[1], 1)
+def _steps(tone: Tensor) -> tuple[int, ...]:
+    """From a sample and from a channel to the next of a gain or bias [], [B] or [B, C], contiguous."""
+    return (*tone.stride(), 0, 0)[:2]
 
 
-def _counts(tone: Tensor | None) -> tuple[int, int]:
+def _counts(tone: Tensor | None) -> tuple[int, ...]:
     """Samples and channels with a gain or bias of their own."""
-    return (
-        (0, 0)
-        if tone is None
-        else (1, 1)
-        if tone.dim() == 0
-        else (tone.shape[0], 1 if tone.dim() == 1 else tone.shape[1])
-    )
+    return (0, 0) if tone is None else (*tone.shape, 1, 1)[:2]
 
 
 def _tiles(image: Tensor, taps: int) -> tuple[int, int, int]:
     """Pixels of a tile along each axis, of which k - 1 are halo; tiles of a column and of a row.
 
-    Products in float32 are kept in registers alone, which a tile of 64 would overflow.
+    A tile of 64 spills registers; above 15 taps most of a smaller one would be halo.
     """
     tile = 32 if taps <= 15 else 64
     return tile, triton.cdiv(image.shape[2], tile - taps + 1), triton.cdiv(image.shape[3], tile - taps + 1)
