@@ -20,8 +20,16 @@ START_SIGMA = 2.0  # pixels; the best of 0.7, 1, 1.5 and 2 on validation (docs/d
 
 def gaussian_taps(log_sigma: Tensor, taps: int) -> Tensor:
     """Gaussian taps of odd length `taps`, summing to 1: [..., taps] from `log_sigma` [...] (sigma in pixels)."""
-    position = torch.arange(taps, device=log_sigma.device, dtype=log_sigma.dtype) - taps // 2
-    return torch.softmax(-0.5 * (position / log_sigma.exp()[..., None]).square(), -1)
+    return _gaussian(log_sigma, _gaussian_exponent(taps).to(log_sigma))
+
+
+def _gaussian_exponent(taps: int) -> Tensor:
+    """-t^2 / 2 at the taps' positions t, [taps]."""
+    return -0.5 * (torch.arange(taps) - taps // 2).square()
+
+
+def _gaussian(log_sigma: Tensor, exponent: Tensor) -> Tensor:
+    return torch.softmax(exponent * (-2 * log_sigma).exp()[..., None], -1)
 
 
 def _start_sigma(taps: int, sigma: float | None) -> float:
@@ -30,6 +38,8 @@ def _start_sigma(taps: int, sigma: float | None) -> float:
 
 class _MixedFilter(nn.Module):
     """y = gain (x + mix (F - x)) + bias on raw pixels x in [0, 1]; a subclass gives the taps of F."""
+
+    unit_sum = False  # the taps' kernel sums to 1 whatever the parameters
 
     def __init__(self, samples: int | None) -> None:
         super().__init__()
@@ -62,9 +72,11 @@ class _MixedFilter(nn.Module):
         taps_y, taps_x = self.taps()
         bias: Tensor = self.bias
         if mean is not None and std is not None:
-            total = (taps_y.sum(-1) * taps_x.sum(-1)).sum(-1)
-            kept = (self.gain * (1 + self.mix * (total - 1)))[..., None]
-            bias = ((mean * kept + self.bias[..., None] - mean) / std).expand(image.shape[0], -1)
+            kept: Tensor = self.gain
+            if not self.unit_sum:
+                total = (taps_y.sum(-1) * taps_x.sum(-1)).sum(-1)
+                kept = self.gain * (1 + self.mix * (total - 1))
+            bias = (torch.addcmul(self.bias[..., None] - mean, kept[..., None], mean) / std).expand(image.shape[0], -1)
         return ops.lowrank_filter2d(image, taps_y, taps_x, self.mix, self.gain, bias)
 
 
@@ -83,13 +95,16 @@ class GaussianFilter(_MixedFilter):
     Source: VQ-TTT, arXiv 2506.15645; ranges and start values are this project's.
     """
 
+    unit_sum = True
+
     def __init__(self, taps: int = 7, *, samples: int | None = None, sigma: float | None = None) -> None:
         super().__init__(samples)
         self.length = taps
         self.log_sigma = nn.Parameter(torch.full_like(self.mix, math.log(_start_sigma(taps, sigma))))
+        self.register_buffer("exponent", _gaussian_exponent(taps), persistent=False)
 
     def taps(self) -> tuple[Tensor, Tensor]:
-        row = gaussian_taps(self.log_sigma, self.length)[..., None, :]
+        row = _gaussian(self.log_sigma, self.get_buffer("exponent"))[..., None, :]
         return row, row
 
     @torch.no_grad()

@@ -192,13 +192,13 @@ def test_models_that_cannot_be_tuned(model):
 def test_normalisation_comes_from_the_processor_file_the_encoder_or_the_user(model):
     config = model.config
     with TestTimeTuner(model) as tuner:
-        assert tuner._target[1].mean == (0.5, 0.5, 0.5)
+        assert tuner._subject.tower.mean == (0.5, 0.5, 0.5)
     path, config._name_or_path = config._name_or_path, ""
     try:
         with TestTimeTuner(model) as tuner:
-            assert tuner._target[1].mean[0] == pytest.approx(0.4815, abs=1e-4)  # published with CLIP
+            assert tuner._subject.tower.mean[0] == pytest.approx(0.4815, abs=1e-4)  # published with CLIP
         with TestTimeTuner(model, normalisation=([0.1] * 3, [0.2] * 3)) as tuner:
-            assert tuner._target[1].std == (0.2, 0.2, 0.2)
+            assert tuner._subject.tower.std == (0.2, 0.2, 0.2)
         config.vision_config.model_type = "some_encoder"
         with pytest.raises(ValueError, match="normalisation of LlavaForConditionalGeneration is not known"):
             TestTimeTuner(model)

@@ -61,7 +61,7 @@ def test_one_tuner_per_model(model, batch):
     with pytest.raises(ValueError, match="already has a tuner; close it first"):
         TestTimeTuner(model)
     result = tuner.tune(**batch)
-    with tuner.applied(result), pytest.raises(RuntimeError, match="this tuner is in use"):
+    with tuner.applied(result), pytest.raises(RuntimeError, match="this thread is inside applied"):
         tuner.tune(**batch)
     tuner.close()
     tuner.close()

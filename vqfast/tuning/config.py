@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from vqfast import backends
 from vqfast.ops.lora_linear.contract import MAX_RANK as MAX_LORA_RANK
@@ -21,7 +23,11 @@ class TuningConfig:
         taps: odd filter length in pixels, 3 to 31. rank: of the "lowrank" filter, 1 to 8 and at most taps.
         lora_rank, lora_alpha: LoRA on the vision tower; its update is scaled by alpha / rank.
         lora_blocks: LoRA on the first n vision blocks; 0 for none. lora_targets: names of their linear layers.
-        objective: "answer_entropy", the entropy of the next-token distribution in nats.
+        objective: "answer_entropy", the entropy of the next-token distribution in nats; "marginal_entropy", that of the
+            mean distribution over the most confident of several random crops of the image (as in TPT); or a callable
+            (model output, valid [B, n]) -> [B] to be lowered, with `output.logits` [B, n, V] at the answer positions.
+        views: crops per image for "marginal_entropy", the image itself among them; a step costs as many forwards.
+        confident_fraction: of the views, those of lowest entropy, that count.
         answer_tokens: positions it is averaged over, teacher-forced on the untuned greedy answer.
         steps: optimiser steps per input. AdamW, no weight decay, reset for every input.
         lr_filter: learning rate of the filter. Adam's first step moves every parameter by about that much. None: 1 from
@@ -30,8 +36,21 @@ class TuningConfig:
         train_tone: also train gain and bias of the filter; otherwise only presets set them.
         candidates: None, the paper's method; "default", start from the best of `DEFAULT_PRESETS`; or your own presets.
             The untouched image is always among them.
-        guard: keep a sample's start (the untouched image, or its preset) when the step did not lower its entropy.
+        max_candidates: presets evaluated per image: the first ones of the list, or in a stream those it asks for
+            (at least 3). None: all, in a stream 4.
+        search_resolution: side in pixels of the images that presets are compared on; None: as they are. Fewer pixels
+            are fewer image tokens. For models that interpolate their position embedding.
+        search_scope: "sample" chooses for every image by itself; "stream" pools the evidence of a named stream of
+            images (`tune(..., stream="name")`) and evaluates fewer presets per image.
+        guard: keep a sample's start (the untouched image, or its preset) when the step did not lower its entropy, or
+            the objective where that is a callable.
         on_failure: entropy not finite: "untuned" keeps the untuned answer and says so, "raise" raises TuningError.
+        mode: how the step runs. "eager"; "graph", on CUDA, as one CUDA graph per shape of the inputs; "compile", with
+            the frozen blocks through torch.compile (on CUDA in a graph, too); "auto" takes "graph" on CUDA and "eager"
+            elsewhere. `TestTimeTuner.mode` says which and why.
+        frozen_dtype: "bfloat16": frozen linear layers of a float32 model compute in bfloat16 on processors with
+            instructions for it, if answers stay the same on the first input (`TestTimeTuner.frozen_dtype` says). Takes
+            half of the weights' memory on top.
         backend: for every operator (`vqfast.backend`); None leaves the choice to the caller's block or to vqfast. A
             backend by name runs or raises, also for an operator that it has no kernel for.
 
@@ -46,20 +65,31 @@ class TuningConfig:
     lora_alpha: float = 16.0
     lora_blocks: int = 2
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
-    objective: Literal["answer_entropy"] = "answer_entropy"
+    objective: Literal["answer_entropy", "marginal_entropy"] | Callable[[Any, Tensor], Tensor] = "answer_entropy"
+    views: int = 8
+    confident_fraction: float = 0.5
     answer_tokens: int = 1
     steps: int = 1
     lr_filter: float | None = None
     lr_lora: float = 5e-3
     train_tone: bool = False
     candidates: Literal["default"] | Sequence[Preset] | None = None
+    max_candidates: int | None = None
+    search_resolution: int | None = None
+    search_scope: Literal["sample", "stream"] = "sample"
     guard: bool = True
     on_failure: Literal["untuned", "raise"] = "untuned"
+    mode: Literal["auto", "eager", "graph", "compile"] = "auto"
+    frozen_dtype: Literal["bfloat16"] | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("filter", self.filter, ("gaussian", "lowrank", None))
-        _one_of("objective", self.objective, ("answer_entropy",))
+        if not callable(self.objective):
+            _one_of("objective", self.objective, ("answer_entropy", "marginal_entropy"), "or a callable")
+        _one_of("search_scope", self.search_scope, ("sample", "stream"))
+        _one_of("mode", self.mode, ("auto", "eager", "graph", "compile"))
+        _one_of("frozen_dtype", self.frozen_dtype, ("bfloat16", None))
         _one_of("on_failure", self.on_failure, ("untuned", "raise"))
         _one_of("backend", self.backend, (*backends.BACKENDS, None))
         _between("taps", self.taps, 3, MAX_TAPS)
@@ -68,8 +98,13 @@ class TuningConfig:
         if self.filter == "lowrank":
             _between("rank", self.rank, 1, min(MAX_RANK, self.taps))
         _between("lora_rank", self.lora_rank, 1, MAX_LORA_RANK)
-        for name, least in (("lora_blocks", 0), ("answer_tokens", 1), ("steps", 1)):
+        for name, least in (("lora_blocks", 0), ("answer_tokens", 1), ("steps", 1), ("views", 2)):
             _between(name, getattr(self, name), least, None)
+        for name, least in (("max_candidates", 2), ("search_resolution", 1)):
+            if getattr(self, name) is not None:
+                _between(name, getattr(self, name), least, None)
+        if not isinstance(self.confident_fraction, (int, float)) or not 0 < self.confident_fraction <= 1:
+            raise ValueError(f"confident_fraction must be above 0 and at most 1; got {self.confident_fraction!r}")
         for name in ("lora_alpha", "lr_filter", "lr_lora"):
             value = getattr(self, name)
             if value is None and name == "lr_filter":
@@ -82,6 +117,8 @@ class TuningConfig:
             raise ValueError(f"lora_targets must be a tuple of layer names, as ('q_proj',); got {self.lora_targets!r}")
         if self.filter is None and self.lora_blocks == 0:
             raise ValueError("nothing to tune: filter is None and lora_blocks is 0")
+        if self.candidates is None and (self.max_candidates or self.search_resolution or self.search_scope == "stream"):
+            raise ValueError("max_candidates, search_resolution and search_scope need a search: candidates='default'")
         if self.candidates is not None:
             if self.filter is None:
                 raise ValueError("candidates are filter presets: they need filter='gaussian' or 'lowrank'")
@@ -104,12 +141,14 @@ class TuningConfig:
             return ()
         chosen = DEFAULT_PRESETS if self.candidates == "default" else tuple(self.candidates)
         fitting = (replace(p, sigma=min(p.sigma, self.taps / 3)) for p in chosen if p != IDENTITY)
-        return (IDENTITY, *fitting)
+        return (IDENTITY, *fitting)[: self.max_candidates if self.search_scope == "sample" else None]
 
 
-def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
+def _one_of(name: str, value: object, accepted: tuple[object, ...], other: str = "") -> None:
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, accepted))} {other}".rstrip() + f"; got {value!r}"
+        )
 
 
 def _between(name: str, value: object, least: int, most: int | None) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vqfast.nn import GaussianFilter
+from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.state import EpisodeState
-from vqfast.tuning.step import Episode
+from vqfast.tuning.step import Forward, Outcome
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,7 @@ class TuningResult:
     """Result of `TestTimeTuner.tune`. Prints as a table; `to_json` leaves the tensors out."""
 
     samples: list[SampleResult]
+    evaluations: int  # presets tried per sample; 0 without a search
     timings_ms: dict[str, float]  # phase -> milliseconds
     logits: Tensor = field(repr=False)  # [B, V], float32: first-token logits of the answer that is kept
     parameters: dict[str, Tensor] = field(repr=False)  # [B, ...] each; what `applied` puts into the model
@@ -82,12 +84,10 @@ class TuningResult:
     @torch.no_grad()
     def _filtered(self) -> Tensor:
         """Raw filtered pixels, not clamped, [B, C, H, W]."""
-        state = EpisodeState(self.config, {}, len(self), self.pixels.device)
+        state = EpisodeState(self.config, {}, self.normalisation, len(self))
         state.load(self.parameters)
-        assert state.filter is not None
-        mean, std = self.normalisation
-        filtered: Tensor = state.filter(self.pixels.float(), mean, std)
-        return filtered * std[:, None, None] + mean[:, None, None]
+        mean, std = (values[:, None, None] for values in self.normalisation)
+        return state.filtered(self.pixels.float()) * std + mean
 
     def __str__(self) -> str:
         lines = [f"{'':>3} {'entropy: untuned, start, now':>30} {'confidence':>15} {'token':>11}  {'start':<18} filter"]
@@ -109,9 +109,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summarise(episode: Episode, state: EpisodeState) -> tuple[list[SampleResult], Tensor]:
+def summarise(
+    untuned: Forward, outcome: Outcome, state: EpisodeState, presets: list[Preset]
+) -> tuple[list[SampleResult], Tensor]:
     """The samples of an episode, and the first-token logits [B, V] of the answers that are kept."""
-    untuned, start, answer, accepted, presets = episode
+    start, answer, accepted = outcome
     logits_before = untuned.logits[:, 0].float()
     logits_after = torch.where(accepted[:, None], answer.logits[:, 0].float(), start.logits[:, 0].float())
     before, after = logits_before.softmax(-1).max(-1), logits_after.softmax(-1).max(-1)

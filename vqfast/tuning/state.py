@@ -1,32 +1,51 @@
-"""The tuned parameters of one episode: a filter and adapters for B samples, and their optimiser."""
+"""The tuned parameters of one episode: a filter and adapters for B samples, and their optimiser, in one storage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter
-from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
 
 # Learning rates relative to filter_rate: 1 spans the range of mix and log_sigma, not that of a tap.
 LR_RATIO = {"mix": 1.0, "log_sigma": 1.0, "taps_y": 0.02, "taps_x": 0.02, "gain": 0.1, "bias": 0.1}
 LORA_SEED = 0  # one fixed draw of every A: a result does not depend on what was tuned before
+FIXED = 0.0  # learning rate of what only presets set
 
 
 class EpisodeState:
-    """Filter and adapters with one set of parameters per sample.
+    """Filter and adapters with one set of parameters per sample, and AdamW without weight decay.
+
+    Every parameter aliases a part of one storage, ordered by learning rate:
+
+        [ values of rate 1 | of rate 2 | ... | fixed ones | exp_avg of all trained | exp_avg_sq | steps per rate ]
+
+    so that a reset is one copy, and an optimiser step one launch per learning rate.
 
     Args:
         linears: layers that take LoRA, by path.
+        normalisation: mean and std of the pixels, [C] each.
         samples: B.
+
+    Attributes:
+        values: [P], every parameter. identity: [P], the values under which the model is its plain self.
+        start: [P], what `reset` goes to.
     """
 
-    def __init__(self, config: TuningConfig, linears: dict[str, nn.Linear], samples: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TuningConfig,
+        linears: dict[str, nn.Linear],
+        normalisation: tuple[Tensor, Tensor],
+        samples: int,
+    ) -> None:
         self.config = config
         self.samples = samples
+        self.normalisation = normalisation
+        device = normalisation[0].device
         self.filter: GaussianFilter | LowRankFilter | None = None
         if config.filter == "gaussian":
             self.filter = GaussianFilter(config.taps, samples=samples).to(device)
@@ -40,55 +59,137 @@ class EpisodeState:
             path: LoRALinear(linear, config.lora_rank, config.lora_alpha, samples=samples, generator=generator)
             for path, linear in linears.items()
         }
-        self.identity = self.snapshot()  # values under which the model is its plain self
+        self._lay_out(device)
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of the episode by name, [B, ...]: trained ones, and those that only presets set."""
+    def filtered(self, pixels: Tensor) -> Tensor:
+        """Pixels [B V, C, H, W], normalised, behind their sample's filter: V images per sample, sample by sample."""
+        if self.filter is None:
+            return pixels
+        images = pixels.reshape(self.samples, -1, *pixels.shape[-2:])  # more images of a sample are more channels
+        mean, std = (values.repeat(images.shape[1] // len(values)) for values in self.normalisation)
+        return self.filter(images, mean, std).view_as(pixels)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _lay_out(self, device: torch.device) -> None:
+        rates: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self._modules_parameters():
+            rates.setdefault(self._rate(name, parameter), []).append((name, parameter))
+        fixed = rates.pop(FIXED, [])
+        self._trained = [item for group in rates.values() for item in group]
+        self._all = self._trained + fixed
+        sizes = [sum(p.numel() for _, p in group) for group in rates.values()]
+        trained, total = sum(sizes), sum(p.numel() for _, p in self._all)
+        self._storage = torch.zeros(total + 2 * trained + len(sizes), device=device)
+        self._gradient = torch.zeros(trained, device=device)
+        self.values = self._storage[:total]
+        offset = 0
+        for _, parameter in self._all:
+            part = self.values[offset : offset + parameter.numel()].view_as(parameter)
+            parameter.data = part.copy_(parameter)
+            offset += parameter.numel()
+        self._gradients = list(_parts(self._gradient, [p for _, p in self._trained]))
+        self.identity = self.values.clone()
+        self._fresh = self._storage.clone()
+        self.start = self._fresh[:total]
+        numbers = torch.arange(samples := self.samples, dtype=torch.int32, device=device)
+        self._sample = torch.cat([numbers.repeat_interleave(p.numel() // samples) for _, p in self._all])  # of a value
+        self._optimizer = self._make_optimizer(dict(zip(rates, sizes, strict=True)), total, trained)
+
+    def _make_optimizer(self, sizes: dict[float, int], total: int, trained: int) -> torch.optim.Optimizer:
+        groups, offset = [], 0
+        for size in sizes.values():
+            leaf = nn.Parameter(self.values[offset : offset + size])
+            leaf.grad = self._gradient[offset : offset + size]
+            groups.append(leaf)
+            offset += size
+        on_cuda = self.values.is_cuda
+        optimizer = torch.optim.AdamW(
+            [{"params": [leaf], "lr": rate} for rate, leaf in zip(sizes, groups, strict=True)],
+            weight_decay=0,
+            fused=True,
+            capturable=on_cuda,
+        )
+        first, second, steps = self._storage[total:].split([trained, trained, len(sizes)])
+        offset = 0
+        for i, leaf in enumerate(groups):
+            part = slice(offset, offset + leaf.numel())
+            optimizer.state[leaf] = {"step": steps[i], "exp_avg": first[part], "exp_avg_sq": second[part]}
+            offset += leaf.numel()
+        return optimizer
+
+    def _rate(self, name: str, parameter: nn.Parameter) -> float:
+        if not parameter.requires_grad:
+            return FIXED
+        ratio = LR_RATIO.get(name.rpartition(".")[2])
+        return self.config.lr_lora if ratio is None else self.config.filter_rate * ratio
+
+    def _modules_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         if self.filter is not None:
             yield from self.filter.named_parameters(prefix="filter")
         for path, adapter in self.adapters.items():
             yield f"{path}.lora_a", adapter.lora_a
             yield f"{path}.lora_b", adapter.lora_b
 
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.parameters() if p.requires_grad]
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of every parameter by name, [B, ...]: trained ones, and those that only presets set."""
+        return {name: p.shape for name, p in self._all}
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh AdamW without weight decay, one group per learning rate."""
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.trained():
-            ratio = LR_RATIO.get(name.rpartition(".")[2])
-            rate = self.config.lr_lora if ratio is None else self.config.filter_rate * ratio
-            groups.setdefault(rate, []).append(parameter)
-        return torch.optim.AdamW([{"params": p, "lr": lr} for lr, p in groups.items()], weight_decay=0, fused=True)
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        return self._trained
+
+    def named(self, values: Tensor) -> dict[str, Tensor]:
+        """Views of `values` [P], by parameter."""
+        names, parameters = zip(*self._all, strict=True)
+        return dict(zip(names, _parts(values, parameters), strict=True))
 
     def snapshot(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.parameters()}
+        return self.named(self.values.clone())
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters():
+        for name, parameter in self._all:
             parameter.copy_(values[name])
 
+    @torch.no_grad()
+    def begin(self) -> None:
+        """From now on `reset` goes to the identity."""
+        self.start.copy_(self.identity)
+
+    @torch.no_grad()
+    def begin_here(self) -> None:
+        """From now on `reset` goes to the values of now."""
+        self.start.copy_(self.values)
+
+    @torch.no_grad()
     def reset(self) -> None:
-        self.load(self.identity)
+        """Values of the start, optimiser without a past."""
+        self._storage.copy_(self._fresh)
 
     @torch.no_grad()
-    def restore(self, which: Tensor, values: dict[str, Tensor]) -> None:
-        """Set the samples in `which` ([B], bool) to `values`."""
-        for name, parameter in self.parameters():
-            mask = which.view(-1, *[1] * (parameter.dim() - 1))
-            parameter.copy_(torch.where(mask, values[name], parameter))
+    def step(self, gradients: tuple[Tensor, ...]) -> None:
+        """One AdamW step along the gradients of `trained`, back into the parameters' ranges."""
+        torch._foreach_copy_(self._gradients, gradients)
+        self._optimizer.step()
+        if self.filter is not None:
+            self.filter.clamp_()
 
     @torch.no_grad()
-    def set_presets(self, presets: Sequence[Preset], gain: Tensor, bias: Tensor) -> None:
-        """Set each sample's filter to its preset, with the gain and bias [B] that its stretch came to."""
+    def restore(self, which: Tensor, values: Tensor) -> None:
+        """Set the samples in `which` ([B], bool) to `values` [P]."""
+        torch.where(which.index_select(0, self._sample), values, self.values, out=self.values)
+
+    @torch.no_grad()
+    def set_presets(self, sigma: Tensor, mix: Tensor, gain: Tensor, bias: Tensor) -> None:
+        """Set the samples' filters to Gaussians, with the gain and bias that their stretch came to; [B] each."""
         assert self.filter is not None
-        self.filter.set_gaussian_(torch.tensor([p.sigma for p in presets], device=gain.device))
-        self.filter.mix.copy_(torch.tensor([p.mix for p in presets], device=gain.device))
+        self.filter.set_gaussian_(sigma)
+        self.filter.mix.copy_(mix)
         self.filter.gain.copy_(gain)
         self.filter.bias.copy_(bias)
 
-    def clamp_(self) -> None:
-        if self.filter is not None:
-            self.filter.clamp_()
+
+def _parts(flat: Tensor, like: object) -> Iterator[Tensor]:
+    offset = 0
+    for parameter in like:  # type: ignore[attr-defined]
+        yield flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()

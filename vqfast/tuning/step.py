@@ -1,20 +1,39 @@
-"""One episode: (search) -> forward -> entropy -> backward -> update -> forward, and what is kept of it."""
+"""One episode: (search) -> reset -> forward -> entropy -> backward -> update -> forward, and what is kept of it."""
 
 from __future__ import annotations
 
-import inspect
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from vqfast.integrations.transformers import VisionTower
-from vqfast.tuning.candidates import IDENTITY, Preset, render, select
+from vqfast import ops
+from vqfast.integrations.transformers import Shortcuts, VisionTower
 from vqfast.tuning.config import TuningConfig
-from vqfast.tuning.objective import answer_entropy
-from vqfast.tuning.patch import patched
+from vqfast.tuning.objective import answer_entropy, marginal_entropy, over_positions, views_of
+from vqfast.tuning.patch import lean, patched, replaced
 from vqfast.tuning.state import EpisodeState
-from vqfast.tuning.timing import PhaseTimer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under tuning."""
+
+    model: nn.Module
+    tower: VisionTower
+    shortcuts: Shortcuts
+    config: TuningConfig
+    arguments: frozenset[str]  # names that the model's forward takes
+    compiled: dict[nn.Module, Callable[..., Any]]  # forwards of frozen blocks
+
+    @property
+    def answers(self) -> bool:
+        """It takes a prompt and writes an answer; else it is a classifier of images."""
+        return "input_ids" in self.arguments
 
 
 class Prompt(NamedTuple):
@@ -27,31 +46,44 @@ class Prompt(NamedTuple):
     def pixels(self) -> Tensor:
         return self.inputs["pixel_values"]  # type: ignore[no-any-return]
 
+    @property
+    def samples(self) -> int:
+        return self.valid.shape[0]
+
+    def repeated(self, pixels: Tensor, *, rows: Tensor) -> Prompt:
+        """The prompts in `rows` with images `pixels`, one each."""
+        inputs = {name: value[rows] if self.is_per_sample(value) else value for name, value in self.inputs.items()}
+        return Prompt({**inputs, "pixel_values": pixels}, self.valid[rows])
+
+    def is_per_sample(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.samples
+
 
 class Forward(NamedTuple):
     """What one forward gave at the answer positions."""
 
     logits: Tensor  # [B, n, V]
-    entropy: Tensor  # [B]
-    cache: Any  # key-value cache of everything but the last answer token
+    entropy: Tensor  # [B], of the answer
+    objective: Tensor  # [B], what a step lowers
+    cache: Any = None  # key-value cache of everything but the last answer token
 
 
-class Episode(NamedTuple):
-    """An episode that has run; the state holds the parameters that are kept."""
+class Outcome(NamedTuple):
+    """What the step came to; the state holds the parameters that are kept."""
 
-    untuned: Forward
-    start: Forward  # of the chosen presets; the untuned one without a search
+    start: Forward  # of the untouched image, or of the presets that a search chose
     answer: Forward  # after the last step
     accepted: Tensor  # [B], bool: the answer is kept, else the start
-    presets: list[Preset]
 
 
-def prepare(model: Any, inputs: dict[str, Any], answer_tokens: int) -> Prompt:
+def prepare(subject: Subject, inputs: dict[str, Any]) -> Prompt:
     """The inputs, followed by all but the last token of the untuned greedy answer where more than one counts."""
-    ids: Tensor = inputs["input_ids"]
-    valid = torch.ones(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
+    answer_tokens, samples = subject.config.answer_tokens, inputs["pixel_values"].shape[0]
+    valid = torch.ones(samples, 1, dtype=torch.bool, device=inputs["pixel_values"].device)
     if answer_tokens == 1:
         return Prompt(inputs, valid)
+    model: Any = subject.model
+    ids: Tensor = inputs["input_ids"]
     with torch.no_grad():
         greedy = dict(do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
         generated = model.generate(**inputs, max_new_tokens=answer_tokens, **greedy)
@@ -70,96 +102,124 @@ def prepare(model: Any, inputs: dict[str, Any], answer_tokens: int) -> Prompt:
     return Prompt({**inputs, **longer}, torch.cat([valid, alive], 1))
 
 
-def forward(model: Any, prompt: Prompt, *, use_cache: bool = True) -> Forward:
-    """Run the model on the prompt; rows of the language-model head only for the answer positions where it can."""
+def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> Any:
+    """The model's output, with `logits` [B, n, V] at the answer positions alone."""
     positions = prompt.valid.shape[1]
-    keep = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(**{**prompt.inputs, "use_cache": use_cache, "return_dict": True, **keep})
-    logits = output.logits[:, -positions:]
-    return Forward(logits, answer_entropy(logits, prompt.valid), output.past_key_values)
+    options = {"return_dict": True, "use_cache": keep_cache, "logits_to_keep": positions}
+    taken = {name: value for name, value in options.items() if name in subject.arguments or name == "return_dict"}
+    if subject.answers:
+        taken["use_cache"] = keep_cache  # some models hand it on without naming it
+    output = subject.model(**{**prompt.inputs, **taken})
+    output.logits = output.logits[:, -positions:] if output.logits.dim() == 3 else output.logits[:, None]
+    return output
 
 
-def search(
-    model: Any, tower: VisionTower, config: TuningConfig, state: EpisodeState, prompt: Prompt
-) -> tuple[Forward, list[Preset]]:
-    """Set every sample's filter to the preset that `select` picks; all presets of all samples run in one forward.
-
-    Returns:
-        The untuned forward (without a cache) and the preset of each sample.
-    """
-    presets, batch = config.presets, state.samples
+def forward(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> Forward:
+    """A forward without a gradient."""
     with torch.no_grad():
-        images = render(presets, prompt.pixels, config.taps, *tower.normalisation(prompt.pixels.device))
-        repeated = {
-            name: value.repeat(len(presets), *[1] * (value.dim() - 1)) if _per_sample(value, batch) else value
-            for name, value in prompt.inputs.items()
-        }
-        repeated["pixel_values"] = images.pixels
-        tried = forward(model, Prompt(repeated, prompt.valid.repeat(len(presets), 1)), use_cache=False)
-        best = select(tried.logits.unflatten(0, (len(presets), batch)), prompt.valid)
-        rows = best * batch + torch.arange(batch, device=best.device)
-        chosen = [presets[i] for i in best.tolist()]
-        state.set_presets(chosen, images.gain[rows], images.bias[rows])
-        return Forward(tried.logits[:batch], tried.entropy[:batch], None), chosen
+        output = run_model(subject, prompt, keep_cache=keep_cache)
+        entropy = answer_entropy(output.logits, prompt.valid)
+        custom = subject.config.objective
+        objective = _checked_objective(custom(output, prompt.valid), prompt) if callable(custom) else entropy
+        return Forward(output.logits, entropy, objective, getattr(output, "past_key_values", None))
 
 
-def _per_sample(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+def forward_for_gradient(subject: Subject, prompt: Prompt, *, keep_cache: bool = False, report: bool = True) -> Forward:
+    """A forward whose objective a gradient can be taken of; without `report` nothing but the objective is computed.
+
+    Where logits are the head's output and nothing else, the answer positions' hidden states go through head and entropy
+    in one operator, whose gradient reads the head's weight once; logits are computed beside it only for the report.
+    """
+    config, valid = subject.config, prompt.valid
+    if config.objective == "marginal_entropy":
+        count = config.views
+        images = views_of(prompt.pixels, count)
+        rows = torch.arange(prompt.samples, device=images.device).repeat_interleave(count)
+        output = run_model(subject, wide := prompt.repeated(images, rows=rows))
+        objective = marginal_entropy(output.logits, wide.valid, count, config.confident_fraction)
+        logits = output.logits.detach()[::count]
+        return Forward(logits, answer_entropy(logits, valid), objective)
+    head = subject.shortcuts.head
+    if callable(config.objective) or head is None or "forward" in vars(head):  # a head that was hooked since
+        output = run_model(subject, prompt, keep_cache=keep_cache)
+        logits, cache = output.logits, getattr(output, "past_key_values", None)
+        entropy = answer_entropy(logits, valid)
+        objective = entropy
+        if callable(config.objective):
+            objective = _checked_objective(config.objective(output, valid), prompt)
+        return Forward(logits.detach(), entropy.detach(), objective, cache)
+    with replaced({head: lambda hidden: hidden}):
+        output = run_model(subject, prompt, keep_cache=keep_cache)
+    hidden, weight = output.logits, head.weight
+    rows_entropy = ops.linear_softmax_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, head.bias)
+    objective = over_positions(rows_entropy.view(valid.shape), valid)
+    if not report:
+        return Forward(hidden, objective, objective)
+    with torch.no_grad():
+        logits = F.linear(hidden, weight, head.bias)
+        return Forward(logits, answer_entropy(logits, valid), objective, getattr(output, "past_key_values", None))
+
+
+def _checked_objective(value: Any, prompt: Prompt) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != (prompt.samples,):
+        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the objective must return one value per sample, [{prompt.samples}]; got {given}")
+    return value
 
 
 def run(
-    model: Any, tower: VisionTower, config: TuningConfig, state: EpisodeState, prompt: Prompt, timer: PhaseTimer
-) -> Episode:
-    """Run one episode from the identity. Leaves the kept parameters in `state` and the model as it was."""
-    state.reset()
-    presets, untuned = [IDENTITY] * state.samples, None
-    if config.candidates is not None:
-        untuned, presets = search(model, tower, config, state, prompt)
-        timer.mark("search")
-    begin, optimizer = state.snapshot(), state.optimizer()
+    subject: Subject, state: EpisodeState, prompt: Prompt, mark: Callable[[str], None], *, keep_cache: bool = False
+) -> Outcome:
+    """The step from the state's start; `mark` is called with each phase's name at its end.
+
+    Leaves the kept parameters in `state` and the model as it was.
+
+    Nothing in it waits for the device or depends on values there: on CUDA it can be captured in a graph.
+    """
+    config = subject.config
     names, trained = zip(*state.trained(), strict=True)
-    with patched(tower, state):
-        start = last = forward(model, prompt)
-        timer.mark("forward")
-        for step in range(config.steps):
-            if step:
-                last = forward(model, prompt)
-                timer.mark("forward")
-            # A sample's entropy depends on its own parameters only, so the sum gives each its own gradient.
-            grads = torch.autograd.grad(last.entropy.sum(), trained, allow_unused=True)
+    state.reset()
+    start: Forward | None = None
+    positions = prompt.valid.shape[1]
+    with patched(subject.tower, state), lean(subject.shortcuts, positions), replaced(subject.compiled):
+        for _ in range(config.steps):
+            last = forward_for_gradient(subject, prompt, keep_cache=keep_cache and start is None, report=start is None)
+            start = start or last
+            mark("forward")
+            # A sample's objective depends on its own parameters only, so the sum gives each its own gradient.
+            grads = torch.autograd.grad(last.objective.sum(), trained, allow_unused=True)
             if unreached := [name for name, grad in zip(names, grads, strict=True) if grad is None]:
                 raise ValueError(f"no gradient reaches {unreached[0]}: the model does not call that layer's forward")
-            timer.mark("backward")
-            for parameter, grad in zip(trained, grads, strict=True):
-                parameter.grad = grad.contiguous()  # the fused optimiser walks parameter and gradient in memory order
-            optimizer.step()
-            optimizer.zero_grad()
-            state.clamp_()
-            timer.mark("update")
-        with torch.no_grad():
-            answer = forward(model, prompt)
-        timer.mark("answer")
-    finite = answer.entropy.isfinite()
-    accepted = finite & (answer.entropy < start.entropy) if config.guard else finite
-    state.restore(~accepted, begin)
+            mark("backward")
+            state.step(grads)
+            mark("update")
+        answer = forward(subject, prompt, keep_cache=keep_cache)
+        mark("answer")
+    assert start is not None
+    accepted = answer.entropy.isfinite()
+    if config.guard:
+        measure = "objective" if callable(config.objective) else "entropy"
+        accepted &= getattr(answer, measure) < getattr(start, measure).detach()
+    state.restore(~accepted, state.start)
     state.restore(~accepted & ~start.entropy.isfinite(), state.identity)
-    return Episode(untuned or start, start, answer, accepted, presets)
+    return Outcome(start, answer, accepted)
 
 
-def kept_cache(episode: Episode) -> Any:
+def kept_cache(outcome: Outcome) -> Any:
     """Each sample's key-value cache of the answer that is kept, cut before the last prompt token.
 
     None without a cache, or where it cannot be put together sample by sample (layers without keys and values).
     """
-    kept, accepted = episode.answer.cache, episode.accepted
-    if kept is None:
+    if outcome.answer.cache is None or outcome.start.cache is None:
         return None
-    if not bool(accepted.all()):
-        for layer, other in zip(kept.layers, episode.start.cache.layers, strict=True):
+    kept = copy.copy(outcome.answer.cache)
+    kept.layers = [copy.copy(layer) for layer in kept.layers]
+    if not bool(outcome.accepted.all()):
+        for layer, other in zip(kept.layers, outcome.start.cache.layers, strict=True):
             if not (isinstance(getattr(layer, "keys", None), Tensor) and isinstance(layer.values, Tensor)):
                 return None
-            mask = accepted[:, None, None, None]
+            mask = outcome.accepted[:, None, None, None]
             layer.keys = torch.where(mask, layer.keys, other.keys.detach())
             layer.values = torch.where(mask, layer.values, other.values.detach())
-    kept.crop(-episode.answer.logits.shape[1])
+    kept.crop(-outcome.answer.logits.shape[1])
     return kept

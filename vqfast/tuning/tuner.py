@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,14 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import backends
-from vqfast.integrations.transformers import Normalisation, VisionTower, find_vision_tower
+from vqfast.integrations.transformers import Normalisation, find_shortcuts, find_vision_tower
 from vqfast.tuning import step
+from vqfast.tuning.candidates import IDENTITY
 from vqfast.tuning.config import TuningConfig
-from vqfast.tuning.patch import frozen, patched
+from vqfast.tuning.graph import CaptureError, StepGraphs
+from vqfast.tuning.patch import compiled_blocks, frozen, patched
 from vqfast.tuning.result import TuningResult, summarise
+from vqfast.tuning.search import search
 from vqfast.tuning.state import EpisodeState
+from vqfast.tuning.step import Subject
+from vqfast.tuning.stream import Stream
 from vqfast.tuning.timing import PhaseTimer
 
+STREAMS = 1024  # at most; one is a few hundred bytes
+STREAM_CANDIDATES = 4  # presets per image; more are no better (docs/stream.md)
 logger = logging.getLogger(__name__)
 _tuners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[TestTimeTuner]] = weakref.WeakKeyDictionary()
 
@@ -68,20 +77,30 @@ class TestTimeTuner:
         other = _tuners.get(tower.module)
         if other is not None and other() is not None:
             raise ValueError("this model already has a tuner; close it first: tuner.close()")
-        self._target: tuple[nn.Module, VisionTower] | None = (model, tower)  # None once closed
-        self._busy = False
+        arguments = frozenset(inspect.signature(model.forward).parameters)
+        shortcuts = find_shortcuts(model, tower)
+        compiled = compiled_blocks(tower, shortcuts) if self.config.mode == "compile" else {}
+        self._subject: Subject | None = Subject(model, tower, shortcuts, self.config, arguments, compiled)  # or closed
+        if not self._subject.answers and self.config.answer_tokens > 1:
+            raise ValueError(
+                f"answer_tokens = {self.config.answer_tokens}, but {type(model).__name__} writes no answer"
+            )
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # thread that holds the lock
+        self._uncapturable: str | None = None  # why a CUDA graph could not be made
         self._states: dict[tuple[int, torch.device], EpisodeState] = {}  # of the last batch size and device
         self.layers = tuple(tower.linears)
+        self.graphs = StepGraphs()
+        self.streams: OrderedDict[str, Stream] = OrderedDict()
         _tuners[tower.module] = weakref.ref(self)
         logger.info("filter %s before %s, LoRA on %s", self.config.filter, tower.path, ", ".join(self.layers))
 
     def __repr__(self) -> str:
         lines = ["TestTimeTuner(closed)"]
-        if self._target is not None:
-            model, tower = self._target
+        if self._subject is not None:
             lines = [
-                f"TestTimeTuner({type(model).__name__})",
-                f"  {self.config.filter or 'no'} filter before {tower.path}",
+                f"TestTimeTuner({type(self._subject.model).__name__})",
+                f"  {self.config.filter or 'no'} filter before {self._subject.tower.path}",
             ]
         return "\n".join([*lines, *(f"  LoRA on {path}" for path in self.layers)])
 
@@ -97,28 +116,44 @@ class TestTimeTuner:
         Raises:
             RuntimeError: inside `applied`, or while another thread tunes.
         """
-        if self._busy:
+        if self._lock.locked():
             raise RuntimeError(
                 "this tuner is in use (inside applied(), or in another thread): leave the block before closing"
             )
-        if self._target is not None:
-            del _tuners[self._target[1].module]
-        self._target = None
+        if self._subject is not None:
+            del _tuners[self._subject.tower.module]
+        self._subject = None
         self._states.clear()
+        self.graphs.clear()
+        self.streams.clear()
 
-    def tune(self, **inputs: Any) -> TuningResult:
+    @property
+    def mode(self) -> tuple[str, str]:
+        """How a step runs, "eager", "graph" or "compile", and why."""
+        if self.config.mode != "auto":
+            return self.config.mode, "asked for by config.mode"
+        if self._subject is None or _device(self._subject).type != "cuda":
+            return "eager", "the model is not on CUDA"
+        return ("graph", "the model is on CUDA") if self._uncapturable is None else ("eager", self._uncapturable)
+
+    def tune(self, *, stream: str | None = None, **inputs: Any) -> TuningResult:
         """Run one episode on a batch, each sample by itself. Works inside torch.inference_mode() and autocast.
 
+        Calls from several threads run one after the other.
+
         Args:
+            stream: name of the stream that the images belong to; with search_scope="stream", and "" where it is None.
             inputs: what the processor returned: `input_ids` [B, L] (padded on the left), `pixel_values` [B, C, H, W]
-                (normalised, finite), `attention_mask` and whatever else the model takes.
+                (normalised, finite), `attention_mask` and whatever else the model takes. A classifier of images takes
+                `pixel_values` alone.
 
         Raises:
             TypeError, ValueError: inputs that do not fit.
             TuningError: an entropy is not finite and config.on_failure is "raise".
-            RuntimeError: the tuner is closed or in use.
+            RuntimeError: the tuner is closed, or this thread is inside `applied`.
         """
-        return self._run(inputs)[0]
+        with self._in_use() as subject:
+            return self._episode(subject, inputs, stream)[0]
 
     @contextlib.contextmanager
     def applied(self, result: TuningResult) -> Iterator[nn.Module]:
@@ -128,19 +163,19 @@ class TestTimeTuner:
 
         Raises:
             ValueError: the result is of another configuration, or of a model with other layers.
-            RuntimeError: the tuner is closed or in use.
+            RuntimeError: the tuner is closed, or this thread is inside `applied` already.
         """
-        with self._in_use() as (model, tower):
-            with torch.inference_mode(False):  # a state outlives the caller's mode
-                state = self._state(len(result), tower, next(model.parameters()).device)
-            shapes = {name: value.shape for name, value in result.parameters.items()}
-            if result.config != self.config or {n: p.shape for n, p in state.parameters()} != shapes:
-                raise ValueError("this result was tuned with another configuration or model; tune again with this one")
-            state.load(result.parameters)
-            with patched(tower, state), self._backend():
-                yield model
+        with self._in_use() as subject, self._applied(subject, result):
+            yield subject.model
 
-    def generate(self, *, max_new_tokens: int | None = None, generation_config: Any = None, **inputs: Any) -> Any:
+    def generate(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        generation_config: Any = None,
+        stream: str | None = None,
+        **inputs: Any,
+    ) -> Any:
         """Tune on the inputs, then answer: token ids [B, L + new], or what `model.generate` is told to return.
 
         Generation continues from the key-value cache of the answer forward: the vision tower does not run again. With
@@ -149,6 +184,7 @@ class TestTimeTuner:
         Args:
             max_new_tokens: longest answer; 32 unless this or a generation_config is given.
             generation_config: as `model.generate` takes it.
+            stream: as for `tune`.
             inputs: tensors as for `tune`; anything else is an option of `model.generate`, such as do_sample=True.
 
         Raises:
@@ -159,85 +195,144 @@ class TestTimeTuner:
         options["generation_config"] = generation_config
         if max_new_tokens is not None or generation_config is None:
             options["max_new_tokens"] = 32 if max_new_tokens is None else max_new_tokens
-        result, episode = self._run(tensors)
-        assert self._target is not None  # _run has checked it
-        model: Any = self._target[0]
-        defaults = generation_config or model.generation_config
-        wide = any(
-            (options.get(name) or getattr(defaults, name, None) or 1) > 1
-            for name in ("num_beams", "num_return_sequences")
-        )
-        cache = None if wide else step.kept_cache(episode)
-        if cache is None:
-            with self.applied(result), frozen(model), torch.no_grad():
-                return model.generate(**tensors, **options)
-        prompt: dict[str, Tensor] = {name: tensors[name] for name in ("input_ids", "attention_mask") if name in tensors}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            # Those of the tuned forward. generate would count them from the mask, past the padding.
-            positions = torch.arange(prompt["input_ids"].shape[1], device=prompt["input_ids"].device)
-            prompt["position_ids"] = tensors.get("position_ids", positions.expand_as(prompt["input_ids"]))
-        with self._in_use(), frozen(model), torch.no_grad():
-            return model.generate(**prompt, past_key_values=cache, **options)
+        with self._in_use() as subject:
+            model: Any = subject.model
+            if not (subject.answers and hasattr(model, "generate")):
+                raise TypeError(f"{type(model).__name__} writes no answer; use tune and its result.logits")
+            defaults = generation_config or model.generation_config
+            wide = any(
+                (options.get(name) or getattr(defaults, name, None) or 1) > 1
+                for name in ("num_beams", "num_return_sequences")
+            )
+            result, cache = self._episode(subject, tensors, stream, keep_cache=not wide)
+            if cache is None:
+                with self._applied(subject, result), frozen(model), torch.no_grad():
+                    return model.generate(**tensors, **options)
+            prompt: dict[str, Tensor] = {
+                name: tensors[name] for name in ("input_ids", "attention_mask") if name in tensors
+            }
+            if "position_ids" in subject.arguments:
+                # Those of the tuned forward. generate would count them from the mask, past the padding.
+                positions = torch.arange(prompt["input_ids"].shape[1], device=prompt["input_ids"].device)
+                prompt["position_ids"] = tensors.get("position_ids", positions.expand_as(prompt["input_ids"]))
+            with frozen(model), torch.no_grad():
+                return model.generate(**prompt, past_key_values=cache, **options)
 
-    def _run(self, inputs: dict[str, Any]) -> tuple[TuningResult, step.Episode]:
-        with (
-            self._in_use() as (model, tower),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            self._backend(),
-            frozen(model),
-        ):
-            device = next(model.parameters()).device
+    def stream(self, name: str = "") -> Stream:
+        """The running means of a stream of images: inspect, `reset()`, `state_dict()`, `load_state_dict()`.
+
+        A new name makes a new stream; beyond `STREAMS`, the one that was used longest ago is forgotten.
+        """
+        if name not in self.streams:
+            self.streams[name] = Stream(len(self.config.presets), self.config.max_candidates or STREAM_CANDIDATES)
+        self.streams.move_to_end(name)
+        while len(self.streams) > STREAMS:
+            self.streams.popitem(last=False)
+        return self.streams[name]
+
+    @contextlib.contextmanager
+    def _applied(self, subject: Subject, result: TuningResult) -> Iterator[None]:
+        with torch.inference_mode(False):  # a state outlives the caller's mode
+            state = self._state(subject, len(result))
+        shapes = {name: value.shape for name, value in result.parameters.items()}
+        if result.config != self.config or state.shapes() != shapes:
+            raise ValueError("this result was tuned with another configuration or model; tune again with this one")
+        state.load(result.parameters)
+        with patched(subject.tower, state), self._backend():
+            yield
+
+    def _episode(
+        self, subject: Subject, inputs: dict[str, Any], stream: str | None, *, keep_cache: bool = False
+    ) -> tuple[TuningResult, Any]:
+        """The result, and the key-value cache of the answers where it is asked for and there is one."""
+        pooled = self.config.search_scope == "stream"
+        if stream is not None and not pooled:
+            raise ValueError(f"stream={stream!r} needs a tuner with search_scope='stream'")
+        with torch.inference_mode(False), torch.enable_grad(), self._backend(), frozen(subject.model):
+            device = _device(subject)
             timer = PhaseTimer(device)
-            prompt = step.prepare(model, _checked(inputs, device), self.config.answer_tokens)
+            prompt = step.prepare(subject, _checked(subject, inputs))
             timer.mark("prepare")
-            state = self._state(prompt.valid.shape[0], tower, device)
-            episode = step.run(model, tower, self.config, state, prompt, timer)
-            samples, logits = summarise(episode, state)
+            batch, (mode, _) = prompt.samples, self.mode
+            if mode == "graph" and device.type != "cuda":
+                raise ValueError(f"mode='graph' needs a model on CUDA; it is on {device}. Use mode='auto'")
+            recorded = None
+            if mode != "eager" and device.type == "cuda":
+                recorded = self.graphs.prepared(subject, prompt, keep_cache, lambda: self._new_state(subject, batch))
+            state = self._state(subject, batch) if recorded is None else recorded.state
+            state.begin()
+            untuned, presets, tried = None, [IDENTITY] * batch, 0
+            if self.config.candidates is not None:
+                untuned, presets, tried = search(subject, state, prompt, self.stream(stream or "") if pooled else None)
+                timer.mark("search")
+            outcome = None
+            if recorded is not None:
+                try:
+                    outcome = self.graphs.step(subject, recorded, keep_cache)
+                    timer.mark("step")
+                except CaptureError as error:
+                    if self.config.mode != "auto":
+                        raise
+                    self._uncapturable = str(error)
+                    logger.warning("%s; steps run eagerly", error)
+            if outcome is None:
+                outcome = step.run(subject, state, prompt, timer.mark, keep_cache=keep_cache)
+            samples, logits = summarise(untuned or outcome.start, outcome, state, presets)
             failed = [i for i, sample in enumerate(samples) if sample.failed]
             if failed and self.config.on_failure == "raise":
                 raise TuningError(
                     f"sample {failed[0]}: {samples[failed[0]].note}. Check the input and the model's dtype, or use "
                     "on_failure='untuned' to get the untuned answer"
                 )
-            timer.mark("result")
             result = TuningResult(
                 samples=samples,
+                evaluations=tried,
                 timings_ms=timer.milliseconds(),
                 logits=logits,
                 parameters=state.snapshot(),
                 config=self.config,
                 pixels=prompt.pixels,
-                normalisation=tower.normalisation(device),
+                normalisation=state.normalisation,
             )
-            return result, episode
+            return result, step.kept_cache(outcome) if keep_cache else None
 
     def _backend(self) -> contextlib.AbstractContextManager[None]:
-        """The configuration's backend; without one the caller's choice stands."""
-        return backends.backend(self.config.backend) if self.config.backend else contextlib.nullcontext()
+        return contextlib.nullcontext() if self.config.backend is None else backends.backend(self.config.backend)
 
-    def _state(self, samples: int, tower: VisionTower, device: torch.device) -> EpisodeState:
-        key = (samples, device)
+    def _state(self, subject: Subject, samples: int) -> EpisodeState:
+        """The state for a batch of that size, where the model is now. Only the last one is kept."""
+        key = samples, _device(subject)
         if key not in self._states:
-            self._states = {key: EpisodeState(self.config, tower.linears, samples, device)}
+            self._states = {key: self._new_state(subject, samples)}
         return self._states[key]
 
+    def _new_state(self, subject: Subject, samples: int) -> EpisodeState:
+        normalisation = subject.tower.normalisation(_device(subject))
+        return EpisodeState(self.config, subject.tower.linears, normalisation, samples)
+
     @contextlib.contextmanager
-    def _in_use(self) -> Iterator[tuple[nn.Module, VisionTower]]:
-        if self._target is None:
-            raise RuntimeError("this tuner is closed; make a new one: TestTimeTuner(model, config)")
-        if self._busy:
-            raise RuntimeError("this tuner is in use (inside applied(), or in another thread); leave the block first")
-        try:
-            self._busy = True
-            yield self._target
-        finally:
-            self._busy = False
+    def _in_use(self) -> Iterator[Subject]:
+        if self._owner == threading.get_ident():
+            raise RuntimeError("this thread is inside applied(); leave the block first")
+        with self._lock:
+            if self._subject is None:
+                raise RuntimeError("this tuner is closed; make a new one: TestTimeTuner(model, config)")
+            self._owner = threading.get_ident()
+            try:
+                yield self._subject
+            finally:
+                self._owner = None
 
 
-def _checked(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _device(subject: Subject) -> torch.device:
+    return next(subject.model.parameters()).device
+
+
+def _checked(subject: Subject, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs as tensors that gradients can be taken through, or an error that says what is wrong with them."""
-    for name, dims, shape in (("input_ids", 2, "[B, L]"), ("pixel_values", 4, "[B, C, H, W]")):
+    device = _device(subject)
+    prompt = (("input_ids", 2, "[B, L]"),) if subject.answers else ()
+    for name, dims, shape in (*prompt, ("pixel_values", 4, "[B, C, H, W]")):
         value = inputs.get(name)
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -246,7 +341,8 @@ def _checked(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
             )
         if value.dim() != dims:
             raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
-    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    pixels = inputs["pixel_values"]
+    ids = inputs["input_ids"] if subject.answers else pixels
     if ids.shape[0] != pixels.shape[0] or ids.numel() == 0:
         raise ValueError(
             "input_ids and pixel_values must have one row per sample (one image each) and at least one sample; "
@@ -257,13 +353,16 @@ def _checked(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
             raise ValueError(f"{name} is on {value.device}, the model on {device}; move one of them")
     if not pixels.is_floating_point():
         raise TypeError(f"pixel_values must be floating point, as the processor gives them; got {pixels.dtype}")
-    if not bool(pixels.isfinite().all()):
-        raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
     if refused := [name for name in ("past_key_values", "labels", "inputs_embeds") if inputs.get(name) is not None]:
         raise ValueError(f"tune takes no {refused[0]}: pass the processor's output alone")
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
-    if isinstance(mask, Tensor) and not bool(mask[:, -1].all()):
+    finite = pixels.isfinite().all()
+    ends = mask[:, -1].all() if isinstance(mask, Tensor) else torch.ones_like(finite)
+    finite, padded_left = torch.stack([finite, ends]).tolist()  # one wait for the device
+    if not finite:
+        raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
+    if not padded_left:
         raise ValueError("prompts must be padded on the left: processor.tokenizer.padding_side = 'left'")
     return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}

@@ -1,0 +1,152 @@
+"""The step as one CUDA graph per shape of its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqfast.tuning.state import EpisodeState
+from vqfast.tuning.step import Outcome, Prompt, Subject, run
+
+CAPACITY = 8  # graphs; one keeps the activations of a step
+WARM_UP = 2  # steps before a capture: kernels are compiled, workspaces allocated
+
+
+class CaptureError(RuntimeError):
+    """The model does something in its forward or backward that a CUDA graph cannot hold, as waiting for the device."""
+
+
+@dataclass
+class Recorded:
+    """A captured step: what to fill, what to replay, what it leaves."""
+
+    prompt: Prompt  # static
+    state: EpisodeState
+    replay: Callable[[], None] | None = None
+    outcome: Outcome | None = None  # overwritten by every replay
+
+
+class StepGraphs:
+    """Captured steps by shape of the inputs, the least recently used of them dropped beyond `CAPACITY`.
+
+    Attributes:
+        hits, misses: steps that were replayed, and that were captured first.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self.capacity = capacity
+        self.hits = self.misses = 0
+        self._recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def __repr__(self) -> str:
+        return f"StepGraphs({len(self)} of at most {self.capacity}, {self.hits} hits, {self.misses} misses)"
+
+    def clear(self) -> None:
+        """Drop every graph and its memory."""
+        self._recorded.clear()
+        self._pool = None
+
+    def prepared(
+        self, subject: Subject, prompt: Prompt, keep_cache: bool, make_state: Callable[[], EpisodeState]
+    ) -> Recorded:
+        """The graph for inputs of this shape, filled with them; captured by `step` when it is new."""
+        key = _key(subject, prompt, keep_cache)
+        if key in self._recorded:
+            self._recorded.move_to_end(key)
+            recorded = self._recorded[key]
+            for name, value in prompt.inputs.items():
+                if isinstance(value, Tensor):
+                    recorded.prompt.inputs[name].copy_(value)
+            recorded.prompt.valid.copy_(prompt.valid)
+            return recorded
+        static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in prompt.inputs.items()}
+        recorded = self._recorded[key] = Recorded(Prompt(static, prompt.valid.clone()), make_state())
+        while len(self) > self.capacity:
+            self._recorded.popitem(last=False)
+        return recorded
+
+    def step(self, subject: Subject, recorded: Recorded, keep_cache: bool) -> Outcome:
+        """One step from the state's start. Its tensors are good until the next."""
+        if recorded.replay is None:
+            self.misses += 1
+            try:
+                self._record(subject, recorded, keep_cache)
+            except BaseException:  # half a capture is no graph
+                self._recorded = OrderedDict((k, r) for k, r in self._recorded.items() if r is not recorded)
+                raise
+        else:
+            self.hits += 1
+        assert recorded.replay is not None
+        assert recorded.outcome is not None
+        recorded.replay()
+        return recorded.outcome
+
+    def _record(self, subject: Subject, recorded: Recorded, keep_cache: bool) -> None:
+        def body() -> None:
+            recorded.outcome = run(subject, recorded.state, recorded.prompt, lambda _: None, keep_cache=keep_cache)
+
+        recorded.replay, self._pool = capture(body, self._pool)
+
+
+def capture(body: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
+    """Run `body` a few times, then record it: (replay, memory pool). Graphs of one pool must not run at a time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            body()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with without_checks(), torch.cuda.graph(graph, pool=pool):
+            body()
+    except RuntimeError as error:
+        raise CaptureError(f"this model's step cannot be captured in a CUDA graph: {error}") from error
+    return graph.replay, graph.pool()
+
+
+@contextlib.contextmanager
+def without_checks() -> Iterator[None]:
+    """Inside the block transformers does not compare numbers of image tokens and features: it waits for the device.
+
+    The steps before a capture do compare, and the number of image tokens is part of a graph's key.
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _key(subject: Subject, prompt: Prompt, keep_cache: bool) -> Hashable:
+    """All that a captured step depends on and does not read from its static inputs."""
+    token = getattr(getattr(subject.model, "config", None), "image_token_id", None)
+    ids = prompt.inputs.get("input_ids")
+    image_tokens = None if token is None or ids is None else (ids == token).sum(1).tolist()
+    return (
+        tuple(
+            (name, tuple(v.shape), v.dtype) if isinstance(v, Tensor) else (name, repr(v))
+            for name, v in sorted(prompt.inputs.items())
+        ),
+        tuple(image_tokens or ()),
+        tuple(prompt.valid.shape),
+        keep_cache,
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        hash(tuple(p.data_ptr() for p in subject.model.parameters())),  # a model that was moved, or given new weights
+    )
