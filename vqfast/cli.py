@@ -1,4 +1,4 @@
-"""Command line: `vqfast tune IMAGE` and `vqfast env`. Loaded by the console script only."""
+"""Command line: `vqfast tune IMAGE`, `vqfast profile IMAGE` and `vqfast env`. Loaded by the console script only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import statistics
 import sys
 import textwrap
 import warnings
@@ -25,6 +26,7 @@ import torch
 
 import vqfast
 
+DEFAULT_QUESTION = "which digit?"  # to the embedded model
 SAVED_AS = (".png", ".jpg", ".jpeg", ".webp", ".avif")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 out = Console(markup=False, highlight=False, emoji=False)
@@ -42,25 +44,13 @@ def tune(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; the model's own, or 32.")] = None,
 ) -> None:
     """Answer a question about an image, before and after tuning on it. Runs on a CUDA device if there is one."""
-    for package in ("transformers", "PIL", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            _fail(f"{package} is not installed; get it with: pip install 'vqfast[demo]'")
-    from vqfast.images import read_image
-
-    question = "which digit?" if question is None and model is None else question
-    if not question or not question.strip():
-        _fail("there is no question; give one: --question TEXT")
     if save_image is not None:
         _check_output(save_image, image)
-    with _expected(ValueError):
-        pixels = read_image(image)
-    network, processor = _load(model)
+    network, processor, inputs = _prepared(image, question, model)
+    question = question or DEFAULT_QUESTION
     limit = max_new_tokens or network.generation_config.max_new_tokens or 32
-    network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     with _expected(ValueError):
-        inputs = processor(images=pixels, text=_prompt(processor, question), return_tensors="pt").to(network.device)
-        config = vqfast.TuningConfig(steps=steps, candidates="default" if search else None)
-        tuner = vqfast.TestTimeTuner(network, config)
+        tuner = vqfast.TestTimeTuner(network, _config(search, steps))
         result = tuner.tune(**inputs)
     sample = result.samples[0]
     before = after = _answer(network, processor, inputs, sample.token_before, limit)
@@ -80,6 +70,50 @@ def tune(
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
         _print_report(report)
+
+
+@app.command()
+def profile(
+    image: Annotated[Path, typer.Argument(help="PNG, JPEG, WebP or AVIF file.")],
+    question: Annotated[str | None, typer.Option(help="Default for the embedded model: 'which digit?'.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a transformers model; else the embedded one.")] = None,
+    search: Annotated[bool, typer.Option(help="Search for a filter to start from; else the paper's method.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Episodes whose median time is shown.")] = 20,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of one episode here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what tuning on an image costs: time and operator calls per phase, kernel launches, peak memory."""
+    if trace is not None and not trace.parent.is_dir():
+        _fail(f"cannot save {trace}: there is no folder {trace.parent}; make it first")
+    network, _, inputs = _prepared(image, question, model)
+    with _expected(ValueError):
+        tuner = vqfast.TestTimeTuner(network, _config(search, steps))
+        result = tuner.profile(trace=trace, **inputs)
+        timings = [tuner.tune(**inputs).timings_ms for _ in range(repeat)]
+    assert result.telemetry is not None
+    phases = {name: statistics.median(t[name] for t in timings) for name in timings[0]}
+    total = statistics.median(sum(t.values()) for t in timings)
+    calls, (mode, why) = result.telemetry.operator_calls, tuner.mode
+    report = dict(
+        image=str(image), model=str(model or "embedded"), mode=mode, why=why, timings_ms=phases, total_ms=total
+    )
+    report |= dict(operator_calls=calls, total_calls=result.telemetry.total_calls, launches=result.telemetry.launches)
+    report |= dict(peak_memory_bytes=result.telemetry.peak_memory_bytes, trace=trace and str(trace))
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table("phase", "ms", "operator calls", box=None, pad_edge=False)
+    for name, ms in phases.items():
+        table.add_row(name, f"{ms:.2f}", str(calls.get(name, 0)))
+    table.add_row("all", f"{total:.2f}", str(result.telemetry.total_calls))
+    out.print(table)
+    lines = [f"\nmode    {mode}: {why}", f"memory  {result.telemetry.peak_memory_bytes / 1e6:.1f} MB at its peak"]
+    if result.telemetry.launches is not None:
+        lines.append(f"kernels {result.telemetry.launches} launches")
+    if trace is not None:
+        lines.append(f"trace   {trace}")
+    out.print("\n".join(lines), soft_wrap=True)
 
 
 @app.command()
@@ -121,6 +155,29 @@ def _expected(error: type[Exception]) -> Iterator[None]:
         yield
     except error as problem:
         _fail(problem)
+
+
+def _config(search: bool, steps: int) -> vqfast.TuningConfig:
+    return vqfast.TuningConfig(steps=steps, candidates="default" if search else None)
+
+
+def _prepared(image: Path, question: str | None, model: Path | None) -> tuple[Any, Any, Any]:
+    """Model, processor and the processor's output for the image, on a CUDA device if there is one."""
+    for package in ("transformers", "PIL", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            _fail(f"{package} is not installed; get it with: pip install 'vqfast[demo]'")
+    from vqfast.images import read_image
+
+    question = DEFAULT_QUESTION if question is None and model is None else question
+    if not question or not question.strip():
+        _fail("there is no question; give one: --question TEXT")
+    with _expected(ValueError):
+        pixels = read_image(image)
+    network, processor = _load(model)
+    network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    with _expected(ValueError):
+        inputs = processor(images=pixels, text=_prompt(processor, question), return_tensors="pt").to(network.device)
+    return network, processor, inputs
 
 
 def _check_output(path: Path, image: Path) -> None:

@@ -117,6 +117,8 @@ class TuningConfig:
             raise ValueError(f"lora_targets must be a tuple of layer names, as ('q_proj',); got {self.lora_targets!r}")
         if self.filter is None and self.lora_blocks == 0:
             raise ValueError("nothing to tune: filter is None and lora_blocks is 0")
+        if self.mode == "compile" and self.frozen_dtype is not None:
+            raise ValueError("frozen_dtype goes with eager steps: leave out mode='compile' or frozen_dtype")
         if self.candidates is None and (self.max_candidates or self.search_resolution or self.search_scope == "stream"):
             raise ValueError("max_candidates, search_resolution and search_scope need a search: candidates='default'")
         if self.candidates is not None:

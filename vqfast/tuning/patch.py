@@ -106,7 +106,7 @@ def _patch_product(conv: nn.Conv2d) -> Forward:
         patches = image.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))  # [B, C, rows, h, columns, w]
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(image), rows * columns, -1)
         embedded: Tensor = F.linear(patches, weight.flatten(1), conv.bias)  # [B, rows columns, N]
-        return embedded.transpose(1, 2).unflatten(2, (rows, columns))
+        return embedded.transpose(1, 2).view(len(image), -1, rows, columns)
 
     return forward
 

@@ -15,6 +15,7 @@ from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Forward, Outcome
+from vqfast.tuning.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +51,7 @@ class TuningResult:
     config: TuningConfig = field(repr=False)
     pixels: Tensor = field(repr=False)  # [B, C, H, W], as they were given
     normalisation: tuple[Tensor, Tensor] = field(repr=False)  # mean and std of the pixels, [C]
+    telemetry: Telemetry | None = None  # of `TestTimeTuner.profile`
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -114,25 +116,22 @@ def summarise(
 ) -> tuple[list[SampleResult], Tensor]:
     """The samples of an episode, and the first-token logits [B, V] of the answers that are kept."""
     start, answer, accepted = outcome
-    logits_before = untuned.logits[:, 0].float()
-    logits_after = torch.where(accepted[:, None], answer.logits[:, 0].float(), start.logits[:, 0].float())
-    before, after = logits_before.softmax(-1).max(-1), logits_after.softmax(-1).max(-1)
+    logits = torch.where(accepted[:, None], answer.logits[:, 0], start.logits[:, 0]).float()
+    best = torch.stack([untuned.logits[:, 0].float(), logits]).softmax(-1).max(-1)  # [2, B]
     filters = _filter_scalars(state)
     table = torch.stack(
         [
             untuned.entropy,
             start.entropy,
             torch.where(accepted, answer.entropy, start.entropy),
-            before.indices,
-            after.indices,
-            before.values,
-            after.values,
+            *best.indices,
+            *best.values,
             accepted,
             answer.entropy,
             *filters.values(),
         ],
         1,
-    ).double()
+    )
     samples = []
     for row, preset in zip(table.tolist(), presets, strict=True):
         h_before, h_start, h_after, token_before, token_after, c_before, c_after, tuned, h_answer, *values = row
@@ -158,7 +157,7 @@ def summarise(
                 note=note,
             )
         )
-    return samples, logits_after.detach()
+    return samples, logits
 
 
 def _filter_scalars(state: EpisodeState) -> dict[str, Tensor]:

@@ -49,7 +49,11 @@ def search(subject: Subject, state: EpisodeState, prompt: Prompt, stream: Stream
         sigma, mix = torch.tensor([(p.sigma, p.mix) for p in presets], device=best.device)[best].unbind(-1)
         state.set_presets(sigma, mix, gain, bias)
         state.begin_here()
-    return Found(tried.forwards[0], [presets[i] for i in best.tolist()], len(tried.forwards))
+        untuned = tried.forwards[0]
+        if tried.side is not None:  # the answer that a plain forward gives is one to the whole image
+            with lean(subject.shortcuts, prompt.valid.shape[1]):
+                untuned = forward(subject, prompt)
+    return Found(untuned, [presets[i] for i in best.tolist()], len(tried.forwards))
 
 
 class _Tried:
@@ -58,6 +62,8 @@ class _Tried:
     def __init__(self, subject: Subject, prompt: Prompt, presets: Sequence[Preset]) -> None:
         self.subject, self.prompt, self.presets = subject, prompt, presets
         self.forwards: dict[int, Forward] = {}  # preset -> its forward, without a cache
+        side = subject.config.search_resolution
+        self.side = None if side is None or side >= min(prompt.pixels.shape[-2:]) else side
         self.gain, self.bias = (torch.zeros(len(presets), prompt.samples, device=prompt.pixels.device) for _ in "gb")
 
     def evaluate(self, indices: Sequence[int]) -> None:
@@ -81,12 +87,11 @@ class _Tried:
         return indices, torch.stack([self.forwards[i].logits for i in indices])
 
     def _logits(self, prompt: Prompt) -> Tensor:
-        side = self.subject.config.search_resolution
-        if side is None or side >= min(prompt.pixels.shape[-2:]):
+        if self.side is None:
             return forward(self.subject, prompt).logits
         hook = self.subject.tower.module.register_forward_pre_hook(_interpolated_positions, with_kwargs=True)
         try:
-            return forward(self.subject, smaller(self.subject, prompt, side)).logits
+            return forward(self.subject, smaller(self.subject, prompt, self.side)).logits
         finally:
             hook.remove()
 

@@ -65,6 +65,8 @@ class EpisodeState:
         """Pixels [B V, C, H, W], normalised, behind their sample's filter: V images per sample, sample by sample."""
         if self.filter is None:
             return pixels
+        if pixels.shape[0] == self.samples:
+            return self.filter(pixels, *self.normalisation)  # type: ignore[no-any-return]
         images = pixels.reshape(self.samples, -1, *pixels.shape[-2:])  # more images of a sample are more channels
         mean, std = (values.repeat(images.shape[1] // len(values)) for values in self.normalisation)
         return self.filter(images, mean, std).view_as(pixels)  # type: ignore[no-any-return]

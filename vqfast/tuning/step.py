@@ -28,7 +28,7 @@ class Subject:
     shortcuts: Shortcuts
     config: TuningConfig
     arguments: frozenset[str]  # names that the model's forward takes
-    compiled: dict[nn.Module, Callable[..., Any]]  # forwards of frozen blocks
+    forwards: dict[nn.Module, Callable[..., Any]]  # of frozen parts: compiled, or in bfloat16
 
     @property
     def answers(self) -> bool:
@@ -109,7 +109,8 @@ def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> 
     taken = {name: value for name, value in options.items() if name in subject.arguments or name == "return_dict"}
     if subject.answers:
         taken["use_cache"] = keep_cache  # some models hand it on without naming it
-    output = subject.model(**{**prompt.inputs, **taken})
+    with replaced(subject.forwards):
+        output = subject.model(**{**prompt.inputs, **taken})
     output.logits = output.logits[:, -positions:] if output.logits.dim() == 3 else output.logits[:, None]
     return output
 
@@ -181,7 +182,7 @@ def run(
     state.reset()
     start: Forward | None = None
     positions = prompt.valid.shape[1]
-    with patched(subject.tower, state), lean(subject.shortcuts, positions), replaced(subject.compiled):
+    with patched(subject.tower, state), lean(subject.shortcuts, positions):
         for _ in range(config.steps):
             last = forward_for_gradient(subject, prompt, keep_cache=keep_cache and start is None, report=start is None)
             start = start or last
@@ -196,13 +197,19 @@ def run(
         answer = forward(subject, prompt, keep_cache=keep_cache)
         mark("answer")
     assert start is not None
-    accepted = answer.entropy.isfinite()
-    if config.guard:
-        measure = "objective" if callable(config.objective) else "entropy"
-        accepted &= getattr(answer, measure) < getattr(start, measure).detach()
+    accepted = _accepted(config, start, answer)
     state.restore(~accepted, state.start)
-    state.restore(~accepted & ~start.entropy.isfinite(), state.identity)
+    if config.candidates is not None:  # a preset's answer may not be finite either
+        state.restore(~accepted & ~start.entropy.isfinite(), state.identity)
     return Outcome(start, answer, accepted)
+
+
+def _accepted(config: TuningConfig, start: Forward, answer: Forward) -> Tensor:
+    if not config.guard:
+        return answer.entropy.isfinite()
+    if callable(config.objective):
+        return (answer.objective < start.objective) & answer.entropy.isfinite()
+    return answer.entropy < start.entropy  # not where one of them is NaN
 
 
 def kept_cache(outcome: Outcome) -> Any:

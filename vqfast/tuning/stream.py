@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,20 +105,15 @@ class Stream:
         Raises:
             ValueError: the state is not one of as many presets; nothing is changed.
         """
-        expected = {"images": int, "means": float, "counts": int, "last": int}
-        if set(state) != set(expected):
-            raise ValueError(f"a state has the keys {', '.join(expected)}; got {', '.join(map(str, state)) or 'none'}")
-        for name, kind in expected.items():
-            value = state[name]
-            values = [value] if name == "images" else value
-            if not isinstance(values, list) or (name != "images" and len(values) != self.presets):
-                raise ValueError(f"{name} must be a list of {self.presets} numbers, one per preset; got {value!r}")
-            good = (
-                type(x) is int and x >= 0 if kind is int else type(x) in (int, float) and abs(x) < float("inf")
-                for x in values
-            )
-            if not all(good):
-                raise ValueError(f"{name} must be finite and, where it counts, a whole number from 0; got {value!r}")
+        names = ("images", "means", "counts", "last")
+        if set(state) != set(names):
+            raise ValueError(f"a state has the keys {', '.join(names)}; got {', '.join(map(str, state)) or 'none'}")
+        for name in names:
+            values, size = ([state[name]], 1) if name == "images" else (state[name], self.presets)
+            whole = name != "means"
+            if not (isinstance(values, list) and len(values) == size and all(_number(x, whole) for x in values)):
+                kind = "whole numbers from 0" if whole else "finite numbers"
+                raise ValueError(f"{name} of a stream of {self.presets} presets must be {size} {kind}; got {values!r}")
         self.images = state["images"]
         self.means = torch.tensor(state["means"], dtype=torch.float64)
         self.counts, self.last = torch.tensor(state["counts"]), torch.tensor(state["last"])
@@ -126,3 +122,9 @@ class Stream:
         each = int(self.counts.sum()) / max(self.images, 1)
         means = ", ".join(f"{mean:+.2f}" for mean in self.means.tolist())
         return f"Stream({self.images} images, {each:.1f} of {self.presets} presets each, means [{means}])"
+
+
+def _number(value: object, whole: bool) -> bool:
+    if whole:
+        return type(value) is int and value >= 0
+    return isinstance(value, int | float) and math.isfinite(value)

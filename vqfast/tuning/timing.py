@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 
 class PhaseTimer:
-    """`mark(name)` ends a phase. On CUDA the marks are events, read only by `milliseconds`."""
+    """`mark(name)` ends a phase, and tells `listener` so. On CUDA the marks are events, read only by `milliseconds`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, listener: Callable[[str], None] | None = None) -> None:
         self._cuda = device.type == "cuda"
+        self._listener = listener
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
         self.mark("")
 
@@ -22,6 +24,8 @@ class PhaseTimer:
             self._marks.append((name, event))
         else:
             self._marks.append((name, time.perf_counter()))
+        if self._listener is not None:
+            self._listener(name)
 
     def milliseconds(self) -> dict[str, float]:
         """Time per phase; a name that was marked several times is added up."""

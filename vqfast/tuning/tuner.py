@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +23,14 @@ from vqfast.tuning import step
 from vqfast.tuning.candidates import IDENTITY
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.graph import CaptureError, StepGraphs
+from vqfast.tuning.low_precision import bfloat16_forwards
 from vqfast.tuning.patch import compiled_blocks, frozen, patched
 from vqfast.tuning.result import TuningResult, summarise
 from vqfast.tuning.search import search
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Subject
 from vqfast.tuning.stream import Stream
+from vqfast.tuning.telemetry import OperatorCalls, Telemetry, traced
 from vqfast.tuning.timing import PhaseTimer
 
 STREAMS = 1024  # at most; one is a few hundred bytes
@@ -54,6 +59,9 @@ class TestTimeTuner:
 
     Attributes:
         layers: paths of the linear layers that take LoRA.
+        frozen_dtype: "bfloat16" or None, and why, once something was tuned.
+        graphs: captured steps on CUDA, with hits and misses.
+        streams: running means by name of a stream.
 
     Raises:
         ValueError: no vision tower, no layer matched, unknown normalisation, or the model has a tuner already.
@@ -88,7 +96,10 @@ class TestTimeTuner:
         self._lock = threading.Lock()
         self._owner: int | None = None  # thread that holds the lock
         self._uncapturable: str | None = None  # why a CUDA graph could not be made
+        self.frozen_dtype: tuple[str | None, str] = (None, "not asked for, or nothing was tuned yet")
         self._states: dict[tuple[int, torch.device], EpisodeState] = {}  # of the last batch size and device
+        self._listener: Callable[[str], None] | None = None  # to the ends of phases
+        self._undecided = self.config.frozen_dtype is not None
         self.layers = tuple(tower.linears)
         self.graphs = StepGraphs()
         self.streams: OrderedDict[str, Stream] = OrderedDict()
@@ -218,6 +229,34 @@ class TestTimeTuner:
             with frozen(model), torch.no_grad():
                 return model.generate(**prompt, past_key_values=cache, **options)
 
+    def profile(self, *, stream: str | None = None, trace: Path | None = None, **inputs: Any) -> TuningResult:
+        """`tune`, with `result.telemetry`: operator calls per phase, kernel launches, peak memory.
+
+        Runs the episode four times: to warm up, for the result and its times, for the calls, and under torch's profiler.
+
+        Args:
+            trace: file to write the profiler's Chrome trace into, for chrome://tracing or Perfetto.
+            stream, inputs: as for `tune`. A stream learns from every run.
+
+        Raises:
+            as `tune`.
+        """
+
+        def episode() -> TuningResult:
+            return self.tune(stream=stream, **inputs)
+
+        episode()
+        result = episode()
+        calls = OperatorCalls()
+        self._listener = calls.mark
+        try:
+            with calls:
+                episode()
+        finally:
+            self._listener = None
+        launches, peak = traced(episode, result.pixels.device, trace)
+        return replace(result, telemetry=Telemetry(calls.by_phase, launches, peak))
+
     def stream(self, name: str = "") -> Stream:
         """The running means of a stream of images: inspect, `reset()`, `state_dict()`, `load_state_dict()`.
 
@@ -250,8 +289,10 @@ class TestTimeTuner:
             raise ValueError(f"stream={stream!r} needs a tuner with search_scope='stream'")
         with torch.inference_mode(False), torch.enable_grad(), self._backend(), frozen(subject.model):
             device = _device(subject)
-            timer = PhaseTimer(device)
+            timer = PhaseTimer(device, self._listener)
             prompt = step.prepare(subject, _checked(subject, inputs))
+            if self._undecided:
+                subject = self._decide_frozen_dtype(subject, prompt)
             timer.mark("prepare")
             batch, (mode, _) = prompt.samples, self.mode
             if mode == "graph" and device.type != "cuda":
@@ -284,6 +325,7 @@ class TestTimeTuner:
                     f"sample {failed[0]}: {samples[failed[0]].note}. Check the input and the model's dtype, or use "
                     "on_failure='untuned' to get the untuned answer"
                 )
+            timer.mark("result")
             result = TuningResult(
                 samples=samples,
                 evaluations=tried,
@@ -295,6 +337,15 @@ class TestTimeTuner:
                 normalisation=state.normalisation,
             )
             return result, step.kept_cache(outcome) if keep_cache else None
+
+    def _decide_frozen_dtype(self, subject: Subject, prompt: step.Prompt) -> Subject:
+        forwards, why = bfloat16_forwards(subject, prompt)
+        self._undecided = False
+        self.frozen_dtype = (self.config.frozen_dtype if forwards else None), why
+        if not forwards:
+            logger.warning("frozen layers stay in float32: %s", why)
+        self._subject = replace(subject, forwards=forwards)
+        return self._subject
 
     def _backend(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.config.backend is None else backends.backend(self.config.backend)
@@ -358,10 +409,11 @@ def _checked(subject: Subject, inputs: dict[str, Any]) -> dict[str, Any]:
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
-    finite = pixels.isfinite().all()
-    ends = mask[:, -1].all() if isinstance(mask, Tensor) else torch.ones_like(finite)
-    finite, padded_left = torch.stack([finite, ends]).tolist()  # one wait for the device
-    if not finite:
+    checks = [pixels.sum(dtype=torch.float32)]  # not finite where one pixel is not
+    if isinstance(mask, Tensor):
+        checks.append(mask[:, -1].all())
+    total, padded_left = (*torch.stack(checks).tolist(), True)[:2]  # one wait for the device
+    if not math.isfinite(total):
         raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
     if not padded_left:
         raise ValueError("prompts must be padded on the left: processor.tokenizer.padding_side = 'left'")
