@@ -2,8 +2,9 @@
 # Everything about the GPU kernels in one command, in under eight minutes:
 #   bash benchmarks/gpu.sh [--only build|tests|sanitize|bench] [--rehearse] FOLDER
 # Builds in place for the GPU that is there, tests the backends triton and cuda, has compute-sanitizer look at a few of
-# these tests, measures every operator. Logs, JSON lines and summary.txt go to FOLDER. Needs no network and no virtual
-# environment: it uses `python3` (or $PYTHON), with torch, triton, pytest and numpy, and nvcc.
+# these tests, measures every operator and, with transformers and peft, a whole step. Logs, JSON lines and summary.txt go
+# to FOLDER. Needs no network and no virtual environment: it uses `python3` (or $PYTHON), with torch, triton, pytest and
+# numpy, and nvcc.
 # --rehearse does the same without a GPU: Triton interpreted, CUDA emulated on the CPU, small shapes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -55,10 +56,10 @@ else
   [ "$capability" != 90 ] || capability=90a
   export VQFAST_BUILD=cuda VQFAST_CUDA_ARCHITECTURES=$capability
   part build 90 bash -c build
-  quick=(-k "(triton or cuda or test_gpu) and not test_without_gpu")
+  quick=(-k "(triton or cuda or test_gpu or test_graph) and not test_without_gpu")
 fi
 export VQFAST_REQUIRE=cuda,triton
-part tests 150 "$python" -m pytest -q -p no:cacheprovider "${several[@]}" tests/ops "${quick[@]}"
+part tests 150 "$python" -m pytest -q -p no:cacheprovider "${several[@]}" tests/ops tests/tuning/test_graph.py "${quick[@]}"
 if [ -z "$rehearse" ] && command -v compute-sanitizer >/dev/null; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
@@ -67,6 +68,11 @@ if [ -z "$rehearse" ] && command -v compute-sanitizer >/dev/null; then
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
-part bench 150 "$python" -m benchmarks.gpu $rehearse --seconds 120 "$folder"
+part bench 90 "$python" -m benchmarks.gpu $rehearse --seconds 65 "$folder"
+if "$python" -c "import peft, transformers" 2>/dev/null; then
+  part bench 60 "$python" -m benchmarks.gpu_step $rehearse "$folder"
+else
+  echo "bench: no peft or transformers: the whole step is not measured" | tee -a "$folder/summary.txt"
+fi
 [ -n "$only" ] && [ "$only" != bench ] || sed -n '/^operator /,$p' "$folder/bench.log" | tee -a "$folder/summary.txt"
 exit $failed

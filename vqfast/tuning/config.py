@@ -100,7 +100,8 @@ class TuningConfig:
         _between("lora_rank", self.lora_rank, 1, MAX_LORA_RANK)
         for name, least in (("lora_blocks", 0), ("answer_tokens", 1), ("steps", 1), ("views", 2)):
             _between(name, getattr(self, name), least, None)
-        for name, least in (("max_candidates", 2), ("search_resolution", 1)):
+        fewest = 3 if self.search_scope == "stream" else 2  # the untouched image and one other; a stream explores, too
+        for name, least in (("max_candidates", fewest), ("search_resolution", 1)):
             if getattr(self, name) is not None:
                 _between(name, getattr(self, name), least, None)
         if not isinstance(self.confident_fraction, (int, float)) or not 0 < self.confident_fraction <= 1:

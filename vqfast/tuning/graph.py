@@ -39,11 +39,12 @@ class StepGraphs:
 
     Attributes:
         hits, misses: steps that were replayed, and that were captured first.
+        reserved_bytes: device memory that the captures asked for; graphs share it, since one runs at a time.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.reserved_bytes = 0
         self._recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
         self._pool: Any = None
 
@@ -51,12 +52,13 @@ class StepGraphs:
         return len(self._recorded)
 
     def __repr__(self) -> str:
-        return f"StepGraphs({len(self)} of at most {self.capacity}, {self.hits} hits, {self.misses} misses)"
+        used = f"{len(self)} of at most {self.capacity}, {self.reserved_bytes >> 20} MB"
+        return f"StepGraphs({used}, {self.hits} hits, {self.misses} misses)"
 
     def clear(self) -> None:
         """Drop every graph and its memory."""
         self._recorded.clear()
-        self._pool = None
+        self._pool, self.reserved_bytes = None, 0
 
     def prepared(
         self, subject: Subject, prompt: Prompt, keep_cache: bool, make_state: Callable[[], EpisodeState]
@@ -97,24 +99,34 @@ class StepGraphs:
         def body() -> None:
             recorded.outcome = run(subject, recorded.state, recorded.prompt, lambda _: None, keep_cache=keep_cache)
 
-        recorded.replay, self._pool = capture(body, self._pool)
+        recorded.replay, self._pool, reserved = capture(body, self._pool)
+        self.reserved_bytes += reserved
 
 
-def capture(body: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
-    """Run `body` a few times, then record it: (replay, memory pool). Graphs of one pool must not run at a time."""
+def capture(body: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any, int]:
+    """Run `body` a few times, then record it: (replay, memory pool, bytes that it reserved).
+
+    Raises:
+        CaptureError: it runs, but cannot be recorded.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
             body()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
     try:
         with without_checks(), torch.cuda.graph(graph, pool=pool):
             body()
     except RuntimeError as error:
         raise CaptureError(f"this model's step cannot be captured in a CUDA graph: {error}") from error
-    return graph.replay, graph.pool()
+    return graph.replay, graph.pool(), torch.cuda.memory_reserved() - before
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why steps of a model on `device` cannot be captured, or None."""
+    return None if device.type == "cuda" else f"the model is on {device}, not on CUDA"
 
 
 @contextlib.contextmanager
@@ -124,7 +136,7 @@ def without_checks() -> Iterator[None]:
     Both wait for the device. The steps before a capture do compare, and the number is part of a graph's key.
     """
     switch = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}
-    with mock.patch.dict(os.environ, switch), mock.patch.object(Tensor, "__format__", lambda *_: "not read"):
+    with mock.patch.dict(os.environ, switch), mock.patch.object(Tensor, "__format__", return_value="not read"):
         yield
 
 

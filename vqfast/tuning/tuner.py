@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vqfast import backends
 from vqfast.integrations.transformers import Normalisation, find_shortcuts, find_vision_tower
-from vqfast.tuning import step
+from vqfast.tuning import graph, step
 from vqfast.tuning.candidates import IDENTITY
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.graph import CaptureError, StepGraphs
@@ -91,7 +91,8 @@ class TestTimeTuner:
         self._subject: Subject | None = Subject(model, tower, shortcuts, self.config, arguments, compiled)  # or closed
         if not self._subject.answers and self.config.answer_tokens > 1:
             raise ValueError(
-                f"answer_tokens = {self.config.answer_tokens}, but {type(model).__name__} writes no answer"
+                f"answer_tokens must be 1 for {type(model).__name__}, which writes no answer; "
+                f"got {self.config.answer_tokens}"
             )
         self._lock = threading.Lock()
         self._owner: int | None = None  # thread that holds the lock
@@ -143,9 +144,10 @@ class TestTimeTuner:
         """How a step runs, "eager", "graph" or "compile", and why."""
         if self.config.mode != "auto":
             return self.config.mode, "asked for by config.mode"
-        if self._subject is None or _device(self._subject).type != "cuda":
-            return "eager", "the model is not on CUDA"
-        return ("graph", "the model is on CUDA") if self._uncapturable is None else ("eager", self._uncapturable)
+        if self._subject is None:
+            return "eager", "the tuner is closed"
+        why = graph.unavailable(_device(self._subject)) or self._uncapturable
+        return ("graph", "the model is on CUDA") if why is None else ("eager", why)
 
     def tune(self, *, stream: str | None = None, **inputs: Any) -> TuningResult:
         """Run one episode on a batch, each sample by itself. Works inside torch.inference_mode() and autocast.
@@ -232,7 +234,7 @@ class TestTimeTuner:
     def profile(self, *, stream: str | None = None, trace: Path | None = None, **inputs: Any) -> TuningResult:
         """`tune`, with `result.telemetry`: operator calls per phase, kernel launches, peak memory.
 
-        Runs the episode four times: to warm up, for the result and its times, for the calls, and under torch's profiler.
+        Runs the episode four times: to warm up, for the result and its times, for the calls, under torch's profiler.
 
         Args:
             trace: file to write the profiler's Chrome trace into, for chrome://tracing or Perfetto.
@@ -295,10 +297,10 @@ class TestTimeTuner:
                 subject = self._decide_frozen_dtype(subject, prompt)
             timer.mark("prepare")
             batch, (mode, _) = prompt.samples, self.mode
-            if mode == "graph" and device.type != "cuda":
-                raise ValueError(f"mode='graph' needs a model on CUDA; it is on {device}. Use mode='auto'")
+            if mode == "graph" and (why := graph.unavailable(device)) is not None:
+                raise ValueError(f"mode='graph' cannot run: {why}. Use mode='auto'")
             recorded = None
-            if mode != "eager" and device.type == "cuda":
+            if mode != "eager" and graph.unavailable(device) is None:
                 recorded = self.graphs.prepared(subject, prompt, keep_cache, lambda: self._new_state(subject, batch))
             state = self._state(subject, batch) if recorded is None else recorded.state
             state.begin()
