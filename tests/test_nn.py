@@ -119,6 +119,15 @@ def test_spectral_gain_per_sample_leaves_the_others_alone():
     torch.testing.assert_close(result[1], 2 * image[1])  # M = 1 + 1 at every frequency
 
 
+def test_spectral_gain_on_normalised_pixels_acts_on_the_raw_ones():
+    module, raw = SpectralGain(rank=2, samples=2), torch.rand(2, 3, 12, 20)
+    torch.nn.init.normal_(module.gain_y, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    expected = (module(raw) - mean[:, None, None]) / std[:, None, None]
+    actual = module((raw - mean[:, None, None]) / std[:, None, None], mean=mean, std=std)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_spectral_gain_interpolates_between_its_knots():
     module = SpectralGain(knots=2)
     with torch.no_grad():

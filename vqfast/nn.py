@@ -174,11 +174,26 @@ class SpectralGain(nn.Module):
         self.gain_y = nn.Parameter(torch.zeros(*lead, rank, knots))
         self.gain_x = nn.Parameter(start.expand(*lead, -1, -1).clone())
 
-    def forward(self, image: Tensor, spectrum: Tensor | None = None) -> Tensor:
-        """Filter `image` [B, C, H, W]; `spectrum`: `ops.dct2(image)`, if the image stays constant over many calls."""
+    def forward(
+        self,
+        image: Tensor,
+        spectrum: Tensor | None = None,
+        *,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
+        """Filter `image` [B, C, H, W]; `spectrum`: `ops.dct2(image)`, if the image stays constant over many calls.
+
+        With `mean` and `std` [C], image and result are normalised pixels, and the gain acts on the raw ones: their mean
+        is constant over the image, so it passes with the gain of frequency 0, 1 + sum_r a_r[0] b_r[0].
+        """
         height, width = image.shape[-2:]
         gain_y, gain_x = _interpolated(self.gain_y, height), _interpolated(self.gain_x, width)
-        return ops.spectral_gain2d(image, gain_y, gain_x, spectrum=spectrum)
+        filtered = ops.spectral_gain2d(image, gain_y, gain_x, spectrum=spectrum)
+        if mean is None or std is None:
+            return filtered
+        added = (self.gain_y[..., 0] * self.gain_x[..., 0]).sum(-1)  # [] or [B], to the gain of frequency 0
+        return filtered + (added[..., None] * (mean / std))[..., None, None].to(filtered.dtype)
 
 
 def _interpolated(knots: Tensor, length: int) -> Tensor:

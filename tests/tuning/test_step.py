@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from helpers import assert_unchanged, fingerprint, plain_logits, rows
-from vqfast import TestTimeTuner, TuningConfig, zoo
+from vqfast import TestTimeTuner, TuningConfig, ops, zoo
 from vqfast.integrations.transformers import find_shortcuts, find_vision_tower
 from vqfast.tuning import low_precision, objective, patch
 from vqfast.tuning.candidates import DEFAULT_PRESETS
@@ -83,6 +83,34 @@ def test_lean_forward_runs_the_last_layer_for_the_answer_positions_alone(model, 
         for handle in handles:
             handle.remove()
     assert seen == {"gate": 2, "key": 70}
+
+
+def test_without_a_filter_patches_are_embedded_once(model, batch, monkeypatch):
+    calls = []
+    product = patch._patch_product
+    monkeypatch.setattr(patch, "_patch_product", lambda conv: lambda x: calls.append(1) or product(conv)(x))
+    for filter_kind, count in (("gaussian", 3), (None, 1)):
+        with TestTimeTuner(model, TuningConfig(filter=filter_kind, steps=2)) as tuner:
+            calls.clear()
+            tuner.tune(**batch)
+        assert len(calls) == count
+
+
+def test_a_spectral_filter_transforms_the_pixels_once_and_starts_as_the_identity(model, batch, monkeypatch):
+    transforms = []
+    dct2 = ops.dct2
+    monkeypatch.setattr(ops, "dct2", lambda image: transforms.append(1) or dct2(image))
+    expected = plain_logits(model, batch).softmax(-1).amax(-1)
+    with TestTimeTuner(model, TuningConfig(filter="spectral", steps=2, guard=False)) as tuner:
+        result = tuner.tune(**batch)
+        assert len(transforms) == 1
+        alone = tuner.tune(**rows(batch, 3))
+    confidences = torch.tensor([s.confidence_before for s in result.samples])
+    torch.testing.assert_close(confidences, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.logits[0], result.logits[3], rtol=1e-3, atol=1e-3)
+    assert all(result.parameters[f"filter.gain_{axis}"].any() for axis in "xy")
+    assert result.samples[0].filter == {}
+    assert result.image(1)[0].size == (32, 32)
 
 
 def test_heads_that_do_more_than_a_product_are_not_bypassed(batch):
@@ -298,6 +326,8 @@ def test_telemetry_counts_calls_by_phase_and_measures_memory(model, batch, tmp_p
         (dict(objective="loss"), "objective must be one of 'answer_entropy', 'marginal_entropy' or a callable"),
         (dict(views=1), "views must be an integer of at least 2; got 1"),
         (dict(confident_fraction=0), "confident_fraction must be above 0 and at most 1; got 0"),
+        (dict(filter="spectral", candidates="default"), "candidates are filter presets"),
+        (dict(filter="spectral", train_tone=True), "train_tone needs a filter with gain and bias"),
         (dict(max_candidates=3), "need a search: candidates='default'"),
         (dict(search_scope="stream"), "need a search: candidates='default'"),
         (dict(candidates="default", max_candidates=1), "max_candidates must be an integer of at least 2; got 1"),

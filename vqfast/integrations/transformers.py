@@ -94,7 +94,8 @@ def _unused_blocks(model: nn.Module, tower: VisionTower) -> tuple[nn.Module, ...
 
 
 def _returns_tensor(module: nn.Module) -> bool:
-    return inspect.signature(type(module).forward).return_annotation in (Tensor, "torch.Tensor", "Tensor")
+    annotation = inspect.signature(type(module).forward).return_annotation
+    return annotation in (Tensor, torch.FloatTensor, "torch.Tensor", "torch.FloatTensor")
 
 
 def _decoder_layers(model: nn.Module, tower: VisionTower) -> tuple[nn.Module, ...]:

@@ -19,8 +19,9 @@ class TuningConfig:
     """What is tuned, on what signal, how far. Frozen and validated: a wrong value raises ValueError at once.
 
     Args:
-        filter: "gaussian" (learnable width and mix), "lowrank" (free taps of rank `rank`) or None.
-        taps: odd filter length in pixels, 3 to 31. rank: of the "lowrank" filter, 1 to 8 and at most taps.
+        filter: "gaussian" (learnable width and mix), "lowrank" (free taps of rank `rank`), "spectral" (a gain of rank
+            `rank` on the cosine spectrum, at 8 knots per axis) or None.
+        taps: odd filter length in pixels, 3 to 31. rank: 1 to 8, of "lowrank" at most taps.
         lora_rank, lora_alpha: LoRA on the vision tower; its update is scaled by alpha / rank.
         lora_blocks: LoRA on the first n vision blocks; 0 for none. lora_targets: names of their linear layers.
         objective: "answer_entropy", the entropy of the next-token distribution in nats; "marginal_entropy", that of the
@@ -58,7 +59,7 @@ class TuningConfig:
     this project's, chosen on the embedded model's validation split (docs/tuning.md).
     """
 
-    filter: Literal["gaussian", "lowrank"] | None = "gaussian"
+    filter: Literal["gaussian", "lowrank", "spectral"] | None = "gaussian"
     taps: int = 7
     rank: int = 2
     lora_rank: int = 8
@@ -84,7 +85,7 @@ class TuningConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("filter", self.filter, ("gaussian", "lowrank", None))
+        _one_of("filter", self.filter, ("gaussian", "lowrank", "spectral", None))
         if not callable(self.objective):
             _one_of("objective", self.objective, ("answer_entropy", "marginal_entropy"), "or a callable")
         _one_of("search_scope", self.search_scope, ("sample", "stream"))
@@ -95,8 +96,7 @@ class TuningConfig:
         _between("taps", self.taps, 3, MAX_TAPS)
         if self.taps % 2 == 0:
             raise ValueError(f"taps must be odd; got {self.taps}. Use {self.taps - 1} or {self.taps + 1}")
-        if self.filter == "lowrank":
-            _between("rank", self.rank, 1, min(MAX_RANK, self.taps))
+        _between("rank", self.rank, 1, min(MAX_RANK, self.taps) if self.filter == "lowrank" else MAX_RANK)
         _between("lora_rank", self.lora_rank, 1, MAX_LORA_RANK)
         for name, least in (("lora_blocks", 0), ("answer_tokens", 1), ("steps", 1), ("views", 2)):
             _between(name, getattr(self, name), least, None)
@@ -116,6 +116,8 @@ class TuningConfig:
             _one_of(name, getattr(self, name), (True, False))
         if not isinstance(self.lora_targets, tuple) or not self.lora_targets:
             raise ValueError(f"lora_targets must be a tuple of layer names, as ('q_proj',); got {self.lora_targets!r}")
+        if self.train_tone and self.filter not in ("gaussian", "lowrank"):
+            raise ValueError("train_tone needs a filter with gain and bias: filter='gaussian' or 'lowrank'")
         if self.filter is None and self.lora_blocks == 0:
             raise ValueError("nothing to tune: filter is None and lora_blocks is 0")
         if self.mode == "compile" and self.frozen_dtype is not None:
@@ -123,7 +125,7 @@ class TuningConfig:
         if self.candidates is None and (self.max_candidates or self.search_resolution or self.search_scope == "stream"):
             raise ValueError("max_candidates, search_resolution and search_scope need a search: candidates='default'")
         if self.candidates is not None:
-            if self.filter is None:
+            if self.filter not in ("gaussian", "lowrank"):
                 raise ValueError("candidates are filter presets: they need filter='gaussian' or 'lowrank'")
             if self.candidates != "default" and not (
                 isinstance(self.candidates, Sequence) and all(isinstance(p, Preset) for p in self.candidates)

@@ -79,17 +79,19 @@ def patched(tower: VisionTower, state: EpisodeState) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lean(shortcuts: Shortcuts, positions: int) -> Iterator[None]:
+def lean(shortcuts: Shortcuts, positions: int, *, same_pixels: bool = False) -> Iterator[None]:
     """Inside the block the model does only what the logits at its last `positions` positions need.
 
     The patch embedding is a matrix product, vision blocks behind the selected features are skipped, and the last
     decoder layer's query, output projection and MLP run for those positions only. The same sums in another order:
-    logits differ by rounding, and other positions' hidden states are not those of the model.
+    logits differ by rounding, and other positions' hidden states are not those of the model. With `same_pixels` the
+    patches are embedded once: every forward in the block must be given the same ones.
     """
     replacements: dict[nn.Module, Forward] = {}
     conv = shortcuts.patch_embedding
     if conv is not None and "forward" not in vars(conv):  # hooked since it was found
-        replacements[conv] = _patch_product(conv)
+        embed = _patch_product(conv)
+        replacements[conv] = _once(embed) if same_pixels else embed
     for block in shortcuts.unused_blocks:
         replacements[block] = _first_argument
     for module in shortcuts.last_rows:
@@ -107,6 +109,17 @@ def _patch_product(conv: nn.Conv2d) -> Forward:
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(image), rows * columns, -1)
         embedded: Tensor = F.linear(patches, weight.flatten(1), conv.bias)  # [B, rows columns, N]
         return embedded.transpose(1, 2).view(len(image), -1, rows, columns)
+
+    return forward
+
+
+def _once(function: Forward) -> Forward:
+    kept: list[Any] = []
+
+    def forward(image: Tensor) -> Any:
+        if not kept:
+            kept.append(function(image))
+        return kept[0]
 
     return forward
 

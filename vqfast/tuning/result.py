@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vqfast.nn import GaussianFilter
+from vqfast.nn import GaussianFilter, SpectralGain
 from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.state import EpisodeState
@@ -162,7 +162,7 @@ def summarise(
 
 def _filter_scalars(state: EpisodeState) -> dict[str, Tensor]:
     """sigma (of a Gaussian filter), mix, gain and bias, [B] each."""
-    if state.filter is None:
+    if state.filter is None or isinstance(state.filter, SpectralGain):
         return {}
     named = {"sigma": state.filter.log_sigma.exp()} if isinstance(state.filter, GaussianFilter) else {}
     named |= {"mix": state.filter.mix, "gain": state.filter.gain, "bias": state.filter.bias}

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter
+from vqfast import ops
+from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter, SpectralGain
 from vqfast.tuning.config import TuningConfig
 
 # Learning rates relative to filter_rate: 1 spans the range of mix and log_sigma, not that of a tap.
 LR_RATIO = {"mix": 1.0, "log_sigma": 1.0, "taps_y": 0.02, "taps_x": 0.02, "gain": 0.1, "bias": 0.1}
+LR_RATIO |= {"gain_y": 0.1, "gain_x": 0.1}  # of a spectrum; at 0.3 and above a step breaks more answers than it mends
 LORA_SEED = 0  # one fixed draw of every A: a result does not depend on what was tuned before
 FIXED = 0.0  # learning rate of what only presets set
 
@@ -46,12 +48,15 @@ class EpisodeState:
         self.samples = samples
         self.normalisation = normalisation
         device = normalisation[0].device
-        self.filter: GaussianFilter | LowRankFilter | None = None
+        self.filter: GaussianFilter | LowRankFilter | SpectralGain | None = None
+        self._spectrum: tuple[Tensor, Tensor] | None = None  # of the last pixels, while a spectral filter is tuned
         if config.filter == "gaussian":
             self.filter = GaussianFilter(config.taps, samples=samples).to(device)
         elif config.filter == "lowrank":
             self.filter = LowRankFilter(config.taps, config.rank, samples=samples).to(device)
-        if self.filter is not None:
+        elif config.filter == "spectral":
+            self.filter = SpectralGain(rank=config.rank, samples=samples).to(device)
+        if self.filter is not None and not isinstance(self.filter, SpectralGain):
             self.filter.gain.requires_grad_(config.train_tone)
             self.filter.bias.requires_grad_(config.train_tone)
         generator = torch.Generator().manual_seed(LORA_SEED)
@@ -65,10 +70,14 @@ class EpisodeState:
         """Pixels [B V, C, H, W], normalised, behind their sample's filter: V images per sample, sample by sample."""
         if self.filter is None:
             return pixels
-        if pixels.shape[0] == self.samples:
-            return self.filter(pixels, *self.normalisation)  # type: ignore[no-any-return]
-        images = pixels.reshape(self.samples, -1, *pixels.shape[-2:])  # more images of a sample are more channels
-        mean, std = (values.repeat(images.shape[1] // len(values)) for values in self.normalisation)
+        images, (mean, std) = pixels, self.normalisation
+        if pixels.shape[0] != self.samples:  # more images of a sample are more channels
+            images = pixels.reshape(self.samples, -1, *pixels.shape[-2:])
+            mean, std = (values.repeat(images.shape[1] // len(values)) for values in self.normalisation)
+        if isinstance(self.filter, SpectralGain):
+            if self._spectrum is None or self._spectrum[0] is not pixels:
+                self._spectrum = pixels, ops.dct2(images)
+            return self.filter(images, self._spectrum[1], mean=mean, std=std).view_as(pixels)  # type: ignore[no-any-return]
         return self.filter(images, mean, std).view_as(pixels)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -166,13 +175,14 @@ class EpisodeState:
     def reset(self) -> None:
         """Values of the start, optimiser without a past."""
         self._storage.copy_(self._fresh)
+        self._spectrum = None
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:
         """One AdamW step along the gradients of `trained`, back into the parameters' ranges."""
         torch._foreach_copy_(self._gradients, gradients)
         self._optimizer.step()
-        if self.filter is not None:
+        if self.filter is not None and not isinstance(self.filter, SpectralGain):
             self.filter.clamp_()
 
     @torch.no_grad()
@@ -184,6 +194,7 @@ class EpisodeState:
     def set_presets(self, sigma: Tensor, mix: Tensor, gain: Tensor, bias: Tensor) -> None:
         """Set the samples' filters to Gaussians, with the gain and bias that their stretch came to; [B] each."""
         assert self.filter is not None
+        assert not isinstance(self.filter, SpectralGain)
         self.filter.set_gaussian_(sigma)
         self.filter.mix.copy_(mix)
         self.filter.gain.copy_(gain)

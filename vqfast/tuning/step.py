@@ -181,8 +181,9 @@ def run(
     names, trained = zip(*state.trained(), strict=True)
     state.reset()
     start: Forward | None = None
-    positions = prompt.valid.shape[1]
-    with patched(subject.tower, state), lean(subject.shortcuts, positions):
+    same_pixels = state.filter is None and config.objective != "marginal_entropy"
+    lean_model = lean(subject.shortcuts, prompt.valid.shape[1], same_pixels=same_pixels)
+    with patched(subject.tower, state), lean_model:
         for _ in range(config.steps):
             last = forward_for_gradient(subject, prompt, keep_cache=keep_cache and start is None, report=start is None)
             start = start or last
