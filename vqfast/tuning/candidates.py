@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqfast import ops
 from vqfast.nn import MIX_RANGE, SIGMA_MIN, START_SIGMA, gaussian_taps
+from vqfast.tuning.objective import over_positions
 
 RANGE_QUANTILES = (0.02, 0.98)
 FLAT_RANGE = 2 / 255  # an image with less has nothing to stretch but rounding errors
@@ -90,6 +91,13 @@ def _stretch(images: Tensor) -> tuple[Tensor, Tensor]:
     return gain, torch.where(high - low > FLAT_RANGE, -low * gain, 0.0)
 
 
+def margins(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Logit difference between the first and the second token, averaged over the valid positions, and the first token
+    at the first position: [P, B] each, from logits [P, B, n, V] and valid [B, n]."""
+    top = logits.float().topk(2, -1)
+    return over_positions(top.values[..., 0] - top.values[..., 1], valid), top.indices[:, :, 0, 0]
+
+
 def select(logits: Tensor, valid: Tensor) -> Tensor:
     """Which of P candidates each of B samples starts from: a vote on the answer, weighted by confidence.
 
@@ -105,10 +113,8 @@ def select(logits: Tensor, valid: Tensor) -> Tensor:
 
     Source: this project; measured beside lowest entropy in docs/defaults.md.
     """
-    top = logits.float().topk(2, -1)
-    margin = (top.values[..., 0] - top.values[..., 1]).masked_fill(~valid, 0).sum(-1) / valid.sum(-1)  # [P, B]
+    margin, answer = margins(logits, valid)
     margin = margin.nan_to_num(nan=-1.0, posinf=-1.0)
-    answer = top.indices[:, :, 0, 0]  # [P, B]
     same = answer[:, None] == answer  # [P, P, B]
     votes = (same * margin.clamp_min(0) ** VOTE_POWER).sum(1)  # of each candidate's answer
     return torch.where(votes == votes.amax(0), margin, -2.0).argmax(0)

@@ -29,9 +29,9 @@ def answer_entropy(logits: Tensor, valid: Tensor) -> Tensor:
 
 
 def over_positions(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `values` [B, n] over the valid positions: [B]. The first position of an answer is always valid."""
-    if values.shape[1] == 1:
-        return values[:, 0]
+    """Mean of `values` [..., B, n] over the valid positions: [..., B]. An answer's first position is always valid."""
+    if values.shape[-1] == 1:
+        return values[..., 0]
     return values.masked_fill(~valid, 0).sum(-1) / valid.sum(-1)
 
 

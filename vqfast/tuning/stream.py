@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqfast.tuning.candidates import margins
+
 RATE = 0.01  # the means look back about 100 samples: 0.05 loses a point, 0.005 gains 0.1 and follows later
 OWN = 0.1  # share of the sample's own margin; at 0.4 an over-confident wrong preset wins too often
 OPENING = 4  # samples that every preset is evaluated on before the means decide
@@ -79,9 +81,7 @@ class Stream:
                 f"indices must be {logits.shape[0]} presets from 0 to {self.presets - 1}, one for each of the logits; "
                 f"got {list(indices)}"
             )
-        top = logits.float().topk(2, -1).values
-        margin = (top[..., 0] - top[..., 1]).masked_fill(~valid, 0).sum(-1) / valid.sum(-1)
-        margin = margin.cpu().double()  # [E, B]; the only transfer
+        margin = margins(logits, valid)[0].cpu().double()  # [E, B]; the only transfer
         finite, rows = margin.isfinite(), torch.tensor(indices)
         margin, usable = margin.where(finite, 0.0), finite.any(0)
         self.images += logits.shape[1]

@@ -22,7 +22,6 @@ from vqfast.integrations.transformers import Normalisation, find_shortcuts, find
 from vqfast.tuning import graph, step
 from vqfast.tuning.candidates import IDENTITY
 from vqfast.tuning.config import TuningConfig
-from vqfast.tuning.graph import CaptureError, StepGraphs
 from vqfast.tuning.low_precision import bfloat16_forwards
 from vqfast.tuning.patch import compiled_blocks, frozen, patched
 from vqfast.tuning.result import TuningResult, summarise
@@ -102,7 +101,7 @@ class TestTimeTuner:
         self._listener: Callable[[str], None] | None = None  # to the ends of phases
         self._undecided = self.config.frozen_dtype is not None
         self.layers = tuple(tower.linears)
-        self.graphs = StepGraphs()
+        self.graphs = graph.StepGraphs()
         self.streams: OrderedDict[str, Stream] = OrderedDict()
         _tuners[tower.module] = weakref.ref(self)
         logger.info("filter %s before %s, LoRA on %s", self.config.filter, tower.path, ", ".join(self.layers))
@@ -290,36 +289,23 @@ class TestTimeTuner:
         if stream is not None and not pooled:
             raise ValueError(f"stream={stream!r} needs a tuner with search_scope='stream'")
         with torch.inference_mode(False), torch.enable_grad(), self._backend(), frozen(subject.model):
-            device = _device(subject)
-            timer = PhaseTimer(device, self._listener)
+            timer = PhaseTimer(_device(subject), self._listener)
             prompt = step.prepare(subject, _checked(subject, inputs))
             if self._undecided:
                 subject = self._decide_frozen_dtype(subject, prompt)
             timer.mark("prepare")
-            batch, (mode, _) = prompt.samples, self.mode
-            if mode == "graph" and (why := graph.unavailable(device)) is not None:
-                raise ValueError(f"mode='graph' cannot run: {why}. Use mode='auto'")
-            recorded = None
-            if mode != "eager" and graph.unavailable(device) is None:
-                recorded = self.graphs.prepared(subject, prompt, keep_cache, lambda: self._new_state(subject, batch))
-            state = self._state(subject, batch) if recorded is None else recorded.state
+            recorded = self._recorded(subject, prompt, keep_cache)
+            state = self._state(subject, prompt.samples) if recorded is None else recorded.state
             state.begin()
-            untuned, presets, tried = None, [IDENTITY] * batch, 0
+            untuned, presets, tried = None, [IDENTITY] * prompt.samples, 0
             if self.config.candidates is not None:
                 untuned, presets, tried = search(subject, state, prompt, self.stream(stream or "") if pooled else None)
                 timer.mark("search")
-            outcome = None
-            if recorded is not None:
-                try:
-                    outcome = self.graphs.step(subject, recorded, keep_cache)
-                    timer.mark("step")
-                except CaptureError as error:
-                    if self.config.mode != "auto":
-                        raise
-                    self._uncapturable = str(error)
-                    logger.warning("%s; steps run eagerly", error)
+            outcome = self._replayed(subject, recorded, keep_cache)
             if outcome is None:
                 outcome = step.run(subject, state, prompt, timer.mark, keep_cache=keep_cache)
+            else:
+                timer.mark("step")
             samples, logits = summarise(untuned or outcome.start, outcome, state, presets)
             failed = [i for i, sample in enumerate(samples) if sample.failed]
             if failed and self.config.on_failure == "raise":
@@ -339,6 +325,27 @@ class TestTimeTuner:
                 normalisation=state.normalisation,
             )
             return result, step.kept_cache(outcome) if keep_cache else None
+
+    def _recorded(self, subject: Subject, prompt: step.Prompt, keep_cache: bool) -> graph.Recorded | None:
+        """The graph for inputs of this shape, or None where steps run eagerly."""
+        (mode, _), why = self.mode, graph.unavailable(_device(subject))
+        if mode == "graph" and why is not None:
+            raise ValueError(f"mode='graph' cannot run: {why}. Use mode='auto'")
+        if mode == "eager" or why is not None:
+            return None
+        return self.graphs.prepared(subject, prompt, keep_cache, lambda: self._new_state(subject, prompt.samples))
+
+    def _replayed(self, subject: Subject, recorded: graph.Recorded | None, keep_cache: bool) -> step.Outcome | None:
+        if recorded is None:
+            return None
+        try:
+            return self.graphs.step(subject, recorded, keep_cache)
+        except graph.CaptureError as error:
+            if self.config.mode != "auto":
+                raise
+            self._uncapturable = str(error)
+            logger.warning("%s; steps run eagerly", error)
+            return None
 
     def _decide_frozen_dtype(self, subject: Subject, prompt: step.Prompt) -> Subject:
         forwards, why = bfloat16_forwards(subject, prompt)
