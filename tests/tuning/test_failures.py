@@ -209,7 +209,7 @@ def test_normalisation_comes_from_the_processor_file_the_encoder_or_the_user(mod
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(filter="box"), "filter must be one of 'gaussian', 'lowrank', None; got 'box'"),
+        (dict(filter="box"), "filter must be one of 'gaussian', 'lowrank', 'spectral', None; got 'box'"),
         (dict(taps=6), "taps must be odd; got 6. Use 5 or 7"),
         (dict(taps=33), "taps must be an integer of at least 3 and at most 31; got 33"),
         (dict(filter="lowrank", rank=9), "rank must be an integer of at least 1 and at most 7; got 9"),

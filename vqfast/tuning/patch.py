@@ -60,9 +60,8 @@ def patched(tower: VisionTower, state: EpisodeState) -> Iterator[None]:
     def by_sample(adapter: LoRALinear) -> Forward:
         def forward(x: Tensor) -> Tensor:
             if x.shape[0] == samples:
-                result: Tensor = adapter(x)
-                return result
-            rows: Tensor = adapter(x.reshape(samples, -1, x.shape[-1]))
+                return adapter.forward(x)
+            rows = adapter.forward(x.reshape(samples, -1, x.shape[-1]))
             return rows.view(*x.shape[:-1], -1)
 
         return forward

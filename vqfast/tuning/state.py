@@ -99,11 +99,13 @@ class EpisodeState:
             parameter.data = part.copy_(parameter)
             offset += parameter.numel()
         self._gradients = list(_parts(self._gradient, [p for _, p in self._trained]))
-        self.identity = self.values.clone()
         self._fresh = self._storage.clone()
         self.start = self._fresh[:total]
-        numbers = torch.arange(samples := self.samples, dtype=torch.int32, device=device)
-        self._sample = torch.cat([numbers.repeat_interleave(p.numel() // samples) for _, p in self._all])  # of a value
+        self.identity = self.start if self.config.candidates is None else self.start.clone()
+        self._sample: Tensor | None = None  # of each value; of a single sample all values are its own
+        if (samples := self.samples) > 1:
+            numbers = torch.arange(samples, dtype=torch.int32, device=device)
+            self._sample = torch.cat([numbers.repeat_interleave(p.numel() // samples) for _, p in self._all])
         self._optimizer = self._make_optimizer(dict(zip(rates, sizes, strict=True)), total, trained)
 
     def _make_optimizer(self, sizes: dict[float, int], total: int, trained: int) -> torch.optim.Optimizer:
@@ -164,7 +166,8 @@ class EpisodeState:
     @torch.no_grad()
     def begin(self) -> None:
         """From now on `reset` goes to the identity."""
-        self.start.copy_(self.identity)
+        if self.start is not self.identity:
+            self.start.copy_(self.identity)
 
     @torch.no_grad()
     def begin_here(self) -> None:
@@ -188,7 +191,8 @@ class EpisodeState:
     @torch.no_grad()
     def restore(self, which: Tensor, values: Tensor) -> None:
         """Set the samples in `which` ([B], bool) to `values` [P]."""
-        torch.where(which.index_select(0, self._sample), values, self.values, out=self.values)
+        mask = which if self._sample is None else which.index_select(0, self._sample)
+        torch.where(mask, values, self.values, out=self.values)
 
     @torch.no_grad()
     def set_presets(self, sigma: Tensor, mix: Tensor, gain: Tensor, bias: Tensor) -> None:

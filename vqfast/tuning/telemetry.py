@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators that only look at memory another way.
-VIEWS = {
-    "alias",
-    "as_strided",
-    "detach",
-    "expand",
-    "permute",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-}
-VIEWS |= {"t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"}
+NO_WORK = ("_unsafe_view", "promote_types")  # operators that neither compute nor move anything, beside views
 
 
 @dataclass(frozen=True)
@@ -50,21 +38,23 @@ class Telemetry:
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Counts operator calls by phase; `mark` ends one."""
+    """Counts operator calls by name, and by phase; `mark` ends one. Views and the profiler's own do not count."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.by_name: Counter[str] = Counter()
         self.by_phase: dict[str, int] = {}
-        self.count = 0
+        self._counted = 0
 
     def mark(self, phase: str) -> None:
         if phase:
-            self.by_phase[phase] = self.by_phase.get(phase, 0) + self.count
-        self.count = 0
+            self.by_phase[phase] = self.by_phase.get(phase, 0) + self.by_name.total() - self._counted
+        self._counted = self.by_name.total()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.__name__.partition(".")[0]
-        self.count += name not in VIEWS and function.namespace != "profiler"
+        name = function.name().partition("::")[2].partition(".")[0]
+        if function.namespace != "profiler" and not function.is_view and name not in NO_WORK:
+            self.by_name[name] += 1
         return function(*args, **kwargs or {})
 
 
