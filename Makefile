@@ -6,13 +6,17 @@ SOURCES := $(wildcard csrc/*/*)
 # a hundred times slower (docs/tuning.md).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint bench bench-check gpu clean
+.PHONY: demo test soak lint bench bench-check gpu clean
 
 demo: .venv/installed
 	$(BIN)/python -m studies.demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
+
+# Thousands of steps, calls from threads and random examples (docs/reliability.md).
+soak: .venv/installed
+	VQFAST_SOAK=1 $(BIN)/python -m pytest -q --durations=0 tests/soak tests/tuning/test_threads.py tests/tuning/test_fuzz.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

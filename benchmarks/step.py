@@ -197,7 +197,7 @@ def inference(scene: Scene) -> Callable[[], Tensor]:
     shortcuts = find_shortcuts(model, find_vision_tower(model, 0, (), None))
 
     def step() -> Tensor:
-        with lean(shortcuts, 1), torch.no_grad():
+        with lean(shortcuts, 1), torch.inference_mode():
             return logits_of(model, inputs)
 
     return step
@@ -212,7 +212,7 @@ def irreducible(scene: Scene) -> Step:
         with lean(shortcuts, 1):
             before = log_softmax_entropy(logits_of(model, inputs | {"pixel_values": pixels}))
             torch.autograd.grad(before.sum(), pixels)
-            with torch.no_grad():
+            with torch.inference_mode():
                 logits = logits_of(model, inputs)
                 return Answer(before.detach(), log_softmax_entropy(logits), logits)
 

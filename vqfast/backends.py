@@ -53,6 +53,11 @@ def backend(name: str | None) -> Iterator[None]:
         _selected.reset(token)
 
 
+def selected() -> str | None:
+    """The backend that the innermost `backend` block of this thread or task asks for."""
+    return _selected.get()
+
+
 def unavailable(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
     """Why native backend `name` cannot run `operator` on `device` with activations of `dtype`; None if it can."""
     if (reason := _native.load(name)) is not None:

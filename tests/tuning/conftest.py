@@ -1,9 +1,32 @@
 """The embedded model and noisy batches for it."""
 
+import os
+
 import pytest
+import torch
+from hypothesis import settings
 
 from helpers import noisy, plain_logits
 from vqfast import zoo
+
+SOAK = "VQFAST_SOAK" in os.environ  # many more calls and examples, for `make soak`
+settings.register_profile("short", max_examples=100, derandomize=True, deadline=None, database=None)
+settings.register_profile("soak", max_examples=2000, deadline=None, database=None, print_blob=True)
+settings.load_profile("soak" if SOAK else "short")
+
+
+@pytest.fixture(scope="session")
+def soak():
+    return SOAK
+
+
+@pytest.fixture(scope="module")
+def one_openmp_thread():
+    """For tests of thousands of steps: what a server of a small model should set (docs/tuning.md)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

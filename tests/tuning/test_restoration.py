@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 
 from helpers import SEARCH, assert_unchanged, fingerprint, plain_logits
 from vqfast import TestTimeTuner, zoo
@@ -52,6 +53,30 @@ def test_model_is_restored_after_an_exception_in_the_block(model, batch):
         result = tuner.tune(**batch)
         with pytest.raises(KeyboardInterrupt), tuner.applied(result):
             raise KeyboardInterrupt
+        assert_unchanged(model, before)
+        tuner.tune(**batch)
+
+
+def test_an_interrupt_while_the_model_is_put_back_does_not_leave_it_half_changed(batch, monkeypatch):
+    model, _ = zoo.load()
+    plain_logits(model, batch)
+    model.train()
+    model.lm_head.requires_grad_(True)
+    before, arrived = fingerprint(model), []
+    original = nn.Module.__setattr__
+
+    def interrupted(module, name, value):
+        if (name, value, arrived) == ("training", True, []):
+            arrived.append(1)
+            raise KeyboardInterrupt
+        original(module, name, value)
+
+    with TestTimeTuner(model) as tuner:
+        monkeypatch.setattr(nn.Module, "__setattr__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuner.tune(**batch)
+        monkeypatch.undo()
+        assert arrived
         assert_unchanged(model, before)
         tuner.tune(**batch)
 

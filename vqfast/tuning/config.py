@@ -45,7 +45,8 @@ class TuningConfig:
             images (`tune(..., stream="name")`) and evaluates fewer presets per image.
         guard: keep a sample's start (the untouched image, or its preset) when the step did not lower its entropy, or
             the objective where that is a callable.
-        on_failure: entropy not finite: "untuned" keeps the untuned answer and says so, "raise" raises TuningError.
+        on_failure: entropy not finite: "untuned" keeps the sample's start, or the untuned answer where that is not
+            finite either, and says so; "raise" raises TuningError.
         mode: how the step runs. "eager"; "graph", on CUDA, as one CUDA graph per shape of the inputs; "compile", with
             the frozen blocks through torch.compile (on CUDA in a graph, too); "auto" takes "graph" on CUDA and "eager"
             elsewhere. `TestTimeTuner.mode` says which and why.

@@ -11,8 +11,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vqfast import backends
+from vqfast.tuning.inputs import check_values, value_checks
+from vqfast.tuning.result import Report, report
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Outcome, Prompt, Subject, run
 
@@ -26,16 +29,32 @@ class CaptureError(RuntimeError):
 
 @dataclass
 class Recorded:
-    """A captured step: what to fill, what to replay, what it leaves."""
+    """A captured step: what to fill, what to replay, what it leaves. The last three are overwritten by every replay."""
 
     prompt: Prompt  # static
     state: EpisodeState
+    model: Placement
     replay: Callable[[], None] | None = None
-    outcome: Outcome | None = None  # overwritten by every replay
+    outcome: Outcome | None = None
+    report: Report | None = None  # as if the start were the untuned answer, which it is without a search
+    checks: Tensor | None = None  # [3]
+
+    def fill(self, inputs: dict[str, Any]) -> None:
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                self.prompt.inputs[name].copy_(value, non_blocking=True)
+
+    def check(self) -> None:
+        """Raises ValueError where the inputs of the last replay cannot be tuned on."""
+        assert self.checks is not None
+        *values, image_tokens = self.checks.tolist()
+        check_values(values)
+        if not image_tokens:
+            raise ValueError("the prompts have another number of image tokens than the images have features")
 
 
 class StepGraphs:
-    """Captured steps by shape of the inputs, the least recently used of them dropped beyond `CAPACITY`.
+    """Captured steps by shape of the inputs, the least recently used of them dropped beyond `capacity`.
 
     Attributes:
         hits, misses: steps that were replayed, and that were captured first.
@@ -60,24 +79,39 @@ class StepGraphs:
         self._recorded.clear()
         self._pool, self.reserved_bytes = None, 0
 
-    def prepared(
+    def find(self, inputs: dict[str, Any], keep_cache: bool) -> Recorded | None:
+        """The captured step for inputs of this shape. Whether the model is still where it was is left to the caller."""
+        recorded = self._recorded.get(key := _key(inputs, keep_cache))
+        if recorded is None or recorded.replay is None:
+            return None
+        self._recorded.move_to_end(key)
+        return recorded
+
+    def prepare(
         self, subject: Subject, prompt: Prompt, keep_cache: bool, make_state: Callable[[], EpisodeState]
     ) -> Recorded:
-        """The graph for inputs of this shape, filled with them; captured by `step` when it is new."""
-        key = _key(subject, prompt, keep_cache)
-        if key in self._recorded:
-            self._recorded.move_to_end(key)
-            recorded = self._recorded[key]
-            for name, value in prompt.inputs.items():
-                if isinstance(value, Tensor):
-                    recorded.prompt.inputs[name].copy_(value)
+        """The step for inputs of this shape, filled with them; `step` captures it when it is new."""
+        recorded = self.find(prompt.inputs, keep_cache)
+        if recorded is not None and recorded.model.unchanged():
+            recorded.fill(prompt.inputs)
             recorded.prompt.valid.copy_(prompt.valid)
             return recorded
         static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in prompt.inputs.items()}
-        recorded = self._recorded[key] = Recorded(Prompt(static, prompt.valid.clone()), make_state())
+        recorded = Recorded(Prompt(static, prompt.valid.clone()), make_state(), Placement(subject.model))
+        self._recorded[key := _key(prompt.inputs, keep_cache)] = recorded
+        self._recorded.move_to_end(key)
         while len(self) > self.capacity:
             self._recorded.popitem(last=False)
         return recorded
+
+    def replay(self, recorded: Recorded) -> Outcome | None:
+        """`step` of a captured one; None, and nothing of use on the device, where the model is not where it was."""
+        assert recorded.replay is not None
+        recorded.replay()
+        if not recorded.model.unchanged():  # looked at while the device works
+            return None
+        self.hits += 1
+        return recorded.outcome
 
     def step(self, subject: Subject, recorded: Recorded, keep_cache: bool) -> Outcome:
         """One step from the state's start. Its tensors are good until the next."""
@@ -96,8 +130,20 @@ class StepGraphs:
         return recorded.outcome
 
     def _record(self, subject: Subject, recorded: Recorded, keep_cache: bool) -> None:
+        token = getattr(getattr(subject.model, "config", None), "image_token_id", None)
+        inputs, state = recorded.prompt.inputs, recorded.state
+        counted = (
+            torch.zeros(()) if token is None or "input_ids" not in inputs else (inputs["input_ids"] == token).sum(1)
+        )
+
         def body() -> None:
-            recorded.outcome = run(subject, recorded.state, recorded.prompt, lambda _: None, keep_cache=keep_cache)
+            recorded.outcome = outcome = run(subject, state, recorded.prompt, lambda _: None, keep_cache=keep_cache)
+            recorded.report = report(outcome.start, outcome, state)
+            values = value_checks(inputs)
+            same = torch.ones_like(values[:1])
+            if counted.dim():
+                same = ((inputs["input_ids"] == token).sum(1) == counted).all().float()[None]
+            recorded.checks = torch.cat([values, same])
 
         recorded.replay, self._pool, reserved = capture(body, self._pool)
         self.reserved_bytes += reserved
@@ -133,26 +179,35 @@ def unavailable(device: torch.device) -> str | None:
 def without_checks() -> Iterator[None]:
     """Inside the block transformers does not compare numbers of image tokens and features, and prints neither.
 
-    Both wait for the device. The steps before a capture do compare, and the number is part of a graph's key.
+    Both wait for the device. The steps before a capture do compare, and every replay counts the image tokens.
     """
     switch = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}
     with mock.patch.dict(os.environ, switch), mock.patch.object(Tensor, "__format__", return_value="not read"):
         yield
 
 
-def _key(subject: Subject, prompt: Prompt, keep_cache: bool) -> Hashable:
-    """All that a captured step depends on and does not read from its static inputs."""
-    token = getattr(getattr(subject.model, "config", None), "image_token_id", None)
-    ids = prompt.inputs.get("input_ids")
-    image_tokens = None if token is None or ids is None else (ids == token).sum(1).tolist()
-    return (
-        tuple(
-            (name, tuple(v.shape), v.dtype) if isinstance(v, Tensor) else (name, repr(v))
-            for name, v in sorted(prompt.inputs.items())
-        ),
-        tuple(image_tokens or ()),
-        tuple(prompt.valid.shape),
-        keep_cache,
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        hash(tuple(p.data_ptr() for p in subject.model.parameters())),  # a model that was moved, or given new weights
+class Placement:
+    """Where a model's parameters and buffers are: a graph reads them there, whatever the model does later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        tables = [table for m in modules for table in (m._parameters, m._buffers, m._modules)]
+        self._entries = [(table, name, value) for table in tables for name, value in table.items()]
+        tensors = [value for _, _, value in self._entries if isinstance(value, Tensor)]
+        self._addresses = [(tensor, tensor.data_ptr()) for tensor in tensors]
+
+    def unchanged(self) -> bool:
+        """No module, parameter or buffer was replaced or moved. Values may have changed."""
+        return all(table.get(name) is value for table, name, value in self._entries) and all(
+            tensor.data_ptr() == address for tensor, address in self._addresses
+        )
+
+
+def _key(inputs: dict[str, Any], keep_cache: bool) -> Hashable:
+    """What a captured step depends on, beside the model, and does not read from its static inputs."""
+    described = tuple(
+        (name, tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else (name, repr(v))
+        for name, v in sorted(inputs.items())
     )
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return described, keep_cache, autocast, backends.selected()

@@ -25,16 +25,29 @@ Forward = Callable[..., Any]
 def replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
     """Inside the block each module's forward is the one given."""
     before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
+
+    def restore() -> None:
         for module, own in before.items():
             if own is None:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = own
+
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        _to_the_end(restore)
+
+
+def _to_the_end(restore: Callable[[], None]) -> None:
+    """`restore()`, again from the start where a KeyboardInterrupt arrives in it."""
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise
 
 
 @contextlib.contextmanager
@@ -155,6 +168,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     modules = _modules(model)
     training = [m for m in modules if m.training]
     requiring = {p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
+
+    def restore() -> None:
+        for module in training:
+            module.training = True
+        for parameter in requiring:
+            parameter.requires_grad_(True)
+
     try:
         for module in training:
             module.training = False
@@ -162,10 +182,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         yield
     finally:
-        for module in training:
-            module.training = True
-        for parameter in requiring:
-            parameter.requires_grad_(True)
+        _to_the_end(restore)
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class SampleResult:
     preset: str  # where the step started; "identity" without a search
     filter: dict[str, float]  # scalar parameters of the filter: sigma, mix, gain, bias
     tuned: bool  # False: the step was not taken over and the sample keeps its start
-    failed: bool  # the step's entropy is not finite; implies not tuned
+    failed: bool  # an entropy is not finite, at the start or after the step; implies not tuned
     note: str  # why not tuned, else empty
 
 
@@ -111,19 +111,29 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summarise(
-    untuned: Forward, outcome: Outcome, state: EpisodeState, presets: list[Preset]
-) -> tuple[list[SampleResult], Tensor]:
-    """The samples of an episode, and the first-token logits [B, V] of the answers that are kept."""
+class Report(NamedTuple):
+    """What there is to say of an episode, on the device."""
+
+    table: Tensor  # [B, columns], what `read` takes apart
+    logits: Tensor  # [B, V], float32: of the first token of the answers that are kept
+    filters: tuple[str, ...]  # names of the last columns
+
+
+def report(untuned: Forward, outcome: Outcome, state: EpisodeState) -> Report:
     start, answer, accepted = outcome
-    logits = torch.where(accepted[:, None], answer.logits[:, 0], start.logits[:, 0]).float()
+    kept_logits, kept_entropy = start.logits[:, 0], start.entropy
+    if untuned is not start:  # a preset's answer may not be finite: such a sample goes back to the untouched image
+        finite = start.entropy.isfinite()
+        kept_logits = torch.where(finite[:, None], kept_logits, untuned.logits[:, 0])
+        kept_entropy = torch.where(finite, kept_entropy, untuned.entropy)
+    logits = torch.where(accepted[:, None], answer.logits[:, 0], kept_logits).float()
     best = torch.stack([untuned.logits[:, 0].float(), logits]).softmax(-1).max(-1)  # [2, B]
     filters = _filter_scalars(state)
     table = torch.stack(
         [
             untuned.entropy,
             start.entropy,
-            torch.where(accepted, answer.entropy, start.entropy),
+            torch.where(accepted, answer.entropy, kept_entropy),
             *best.indices,
             *best.values,
             accepted,
@@ -132,13 +142,19 @@ def summarise(
         ],
         1,
     )
+    return Report(table, logits, tuple(filters))
+
+
+def read(report: Report, presets: list[Preset]) -> list[SampleResult]:
+    """The samples of an episode; waits for the device."""
     samples = []
-    for row, preset in zip(table.tolist(), presets, strict=True):
+    for row, preset in zip(report.table.tolist(), presets, strict=True):
         h_before, h_start, h_after, token_before, token_after, c_before, c_after, tuned, h_answer, *values = row
         note = ""
-        failed = not math.isfinite(h_answer)
+        failed = not math.isfinite(h_answer) or not (tuned or math.isfinite(h_start))
         if failed:
-            note = f"the tuned answer's entropy is {h_answer}"
+            which, entropy = ("start", h_start) if math.isfinite(h_answer) else ("tuned answer", h_answer)
+            note = f"the {which}'s entropy is {entropy}"
         elif not tuned:
             note = f"the step did not lower the entropy: {h_answer:.3f}"
         samples.append(
@@ -151,13 +167,13 @@ def summarise(
                 confidence_before=c_before,
                 confidence_after=c_after,
                 preset=preset.name,
-                filter=dict(zip(filters, values, strict=True)),
+                filter=dict(zip(report.filters, values, strict=True)),
                 tuned=bool(tuned),
                 failed=failed,
                 note=note,
             )
         )
-    return samples, logits
+    return samples
 
 
 def _filter_scalars(state: EpisodeState) -> dict[str, Tensor]:

@@ -31,6 +31,10 @@ class Subject:
     forwards: dict[nn.Module, Callable[..., Any]]  # of frozen parts: compiled, or in bfloat16
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def answers(self) -> bool:
         """It takes a prompt and writes an answer; else it is a classifier of images."""
         return "input_ids" in self.arguments
@@ -165,6 +169,11 @@ def _checked_objective(value: Any, prompt: Prompt) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != (prompt.samples,):
         given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the objective must return one value per sample, [{prompt.samples}]; got {given}")
+    if not value.is_floating_point() or (torch.is_grad_enabled() and not value.requires_grad):
+        raise ValueError(
+            f"the objective must be real and have a gradient; got {value.dtype}, requires_grad={value.requires_grad}. "
+            "Compute it from output.logits, without detach() or item()"
+        )
     return value
 
 
@@ -220,6 +229,8 @@ def kept_cache(outcome: Outcome) -> Any:
     """
     if outcome.answer.cache is None or outcome.start.cache is None:
         return None
+    if not bool((outcome.accepted | outcome.start.entropy.isfinite()).all()):
+        return None  # the untouched image's, which a search does not keep
     kept = copy.copy(outcome.answer.cache)
     kept.layers = [copy.copy(layer) for layer in kept.layers]
     if not bool(outcome.accepted.all()):

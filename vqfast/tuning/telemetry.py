@@ -52,6 +52,9 @@ class OperatorCalls(TorchDispatchMode):
         self._counted = self.by_name.total()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and function._can_decompose():  # else the parts arrive by themselves
+            with self:
+                return function.decompose(*args, **kwargs or {})
         name = function.name().partition("::")[2].partition(".")[0]
         if function.namespace != "profiler" and not function.is_view and name not in NO_WORK:
             self.by_name[name] += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 from vqfast import backends
 from vqfast.integrations.transformers import Normalisation, find_shortcuts, find_vision_tower
 from vqfast.tuning import graph, step
-from vqfast.tuning.candidates import IDENTITY
+from vqfast.tuning.candidates import IDENTITY, Preset
 from vqfast.tuning.config import TuningConfig
+from vqfast.tuning.inputs import check_values, checked, value_checks
 from vqfast.tuning.low_precision import bfloat16_forwards
 from vqfast.tuning.patch import compiled_blocks, frozen, patched
-from vqfast.tuning.result import TuningResult, summarise
+from vqfast.tuning.result import Report, TuningResult, read, report
 from vqfast.tuning.search import search
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Subject
@@ -145,7 +145,7 @@ class TestTimeTuner:
             return self.config.mode, "asked for by config.mode"
         if self._subject is None:
             return "eager", "the tuner is closed"
-        why = graph.unavailable(_device(self._subject)) or self._uncapturable
+        why = graph.unavailable(self._subject.device) or self._uncapturable
         return ("graph", "the model is on CUDA") if why is None else ("eager", why)
 
     def tune(self, *, stream: str | None = None, **inputs: Any) -> TuningResult:
@@ -288,9 +288,14 @@ class TestTimeTuner:
         pooled = self.config.search_scope == "stream"
         if stream is not None and not pooled:
             raise ValueError(f"stream={stream!r} needs a tuner with search_scope='stream'")
+        with torch.inference_mode(False), torch.enable_grad(), self._backend():
+            inputs = checked(subject, inputs)
+            if (replayed := self._replayed(subject, inputs, keep_cache)) is not None:
+                return replayed
         with torch.inference_mode(False), torch.enable_grad(), self._backend(), frozen(subject.model):
-            timer = PhaseTimer(_device(subject), self._listener)
-            prompt = step.prepare(subject, _checked(subject, inputs))
+            timer = PhaseTimer(subject.device, self._listener)
+            check_values(value_checks(inputs).tolist())
+            prompt = step.prepare(subject, inputs)
             if self._undecided:
                 subject = self._decide_frozen_dtype(subject, prompt)
             timer.mark("prepare")
@@ -301,45 +306,82 @@ class TestTimeTuner:
             if self.config.candidates is not None:
                 untuned, presets, tried = search(subject, state, prompt, self.stream(stream or "") if pooled else None)
                 timer.mark("search")
-            outcome = self._replayed(subject, recorded, keep_cache)
+            outcome = self._captured(subject, recorded, keep_cache)
             if outcome is None:
                 outcome = step.run(subject, state, prompt, timer.mark, keep_cache=keep_cache)
             else:
                 timer.mark("step")
-            samples, logits = summarise(untuned or outcome.start, outcome, state, presets)
-            failed = [i for i, sample in enumerate(samples) if sample.failed]
-            if failed and self.config.on_failure == "raise":
-                raise TuningError(
-                    f"sample {failed[0]}: {samples[failed[0]].note}. Check the input and the model's dtype, or use "
-                    "on_failure='untuned' to get the untuned answer"
-                )
-            timer.mark("result")
-            result = TuningResult(
-                samples=samples,
-                evaluations=tried,
-                timings_ms=timer.milliseconds(),
-                logits=logits,
-                parameters=state.snapshot(),
-                config=self.config,
-                pixels=prompt.pixels,
-                normalisation=state.normalisation,
-            )
+            told = report(untuned or outcome.start, outcome, state)
+            result = self._result(told, presets, tried, state, prompt.pixels, timer)
             return result, step.kept_cache(outcome) if keep_cache else None
+
+    def _result(
+        self,
+        told: Report,
+        presets: list[Preset],
+        evaluations: int,
+        state: EpisodeState,
+        pixels: Tensor,
+        timer: PhaseTimer,
+    ) -> TuningResult:
+        samples = read(told, presets)
+        failed = [i for i, sample in enumerate(samples) if sample.failed]
+        if failed and self.config.on_failure == "raise":
+            raise TuningError(
+                f"sample {failed[0]}: {samples[failed[0]].note}. Check the input and the model's dtype, or use "
+                "on_failure='untuned' to get the untuned answer"
+            )
+        timer.mark("result")
+        return TuningResult(
+            samples=samples,
+            evaluations=evaluations,
+            timings_ms=timer.milliseconds(),
+            logits=told.logits,
+            parameters=state.snapshot(),
+            config=self.config,
+            pixels=pixels,
+            normalisation=state.normalisation,
+        )
+
+    def _replayed(self, subject: Subject, inputs: dict[str, Any], keep_cache: bool) -> tuple[TuningResult, Any] | None:
+        """An episode that is a replay and nothing else: no code of the model runs, the host waits once.
+
+        None where there is no graph for it, or a search, or more than one answer position to find first.
+        """
+        if self.config.candidates is not None or self.config.answer_tokens > 1:
+            return None
+        recorded = self.graphs.find(inputs, keep_cache)
+        if recorded is None:
+            return None
+        timer = PhaseTimer(subject.device, self._listener)
+        recorded.fill(inputs)
+        outcome = self.graphs.replay(recorded)
+        if outcome is None:
+            return None
+        recorded.check()
+        timer.mark("step")
+        assert recorded.report is not None
+        told = recorded.report._replace(logits=recorded.report.logits.clone())
+        presets = [IDENTITY] * len(told.table)
+        result = self._result(told, presets, 0, recorded.state, inputs["pixel_values"], timer)
+        return result, step.kept_cache(outcome) if keep_cache else None
 
     def _recorded(self, subject: Subject, prompt: step.Prompt, keep_cache: bool) -> graph.Recorded | None:
         """The graph for inputs of this shape, or None where steps run eagerly."""
-        (mode, _), why = self.mode, graph.unavailable(_device(subject))
+        (mode, _), why = self.mode, graph.unavailable(subject.device)
         if mode == "graph" and why is not None:
             raise ValueError(f"mode='graph' cannot run: {why}. Use mode='auto'")
         if mode == "eager" or why is not None:
             return None
-        return self.graphs.prepared(subject, prompt, keep_cache, lambda: self._new_state(subject, prompt.samples))
+        return self.graphs.prepare(subject, prompt, keep_cache, lambda: self._new_state(subject, prompt.samples))
 
-    def _replayed(self, subject: Subject, recorded: graph.Recorded | None, keep_cache: bool) -> step.Outcome | None:
+    def _captured(self, subject: Subject, recorded: graph.Recorded | None, keep_cache: bool) -> step.Outcome | None:
         if recorded is None:
             return None
         try:
-            return self.graphs.step(subject, recorded, keep_cache)
+            outcome = self.graphs.step(subject, recorded, keep_cache)
+            recorded.check()
+            return outcome
         except graph.CaptureError as error:
             if self.config.mode != "auto":
                 raise
@@ -361,13 +403,13 @@ class TestTimeTuner:
 
     def _state(self, subject: Subject, samples: int) -> EpisodeState:
         """The state for a batch of that size, where the model is now. Only the last one is kept."""
-        key = samples, _device(subject)
+        key = samples, subject.device
         if key not in self._states:
             self._states = {key: self._new_state(subject, samples)}
         return self._states[key]
 
     def _new_state(self, subject: Subject, samples: int) -> EpisodeState:
-        normalisation = subject.tower.normalisation(_device(subject))
+        normalisation = subject.tower.normalisation(subject.device)
         return EpisodeState(self.config, subject.tower.linears, normalisation, samples)
 
     @contextlib.contextmanager
@@ -382,48 +424,3 @@ class TestTimeTuner:
                 yield self._subject
             finally:
                 self._owner = None
-
-
-def _device(subject: Subject) -> torch.device:
-    return next(subject.model.parameters()).device
-
-
-def _checked(subject: Subject, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs as tensors that gradients can be taken through, or an error that says what is wrong with them."""
-    device = _device(subject)
-    prompt = (("input_ids", 2, "[B, L]"),) if subject.answers else ()
-    for name, dims, shape in (*prompt, ("pixel_values", 4, "[B, C, H, W]")):
-        value = inputs.get(name)
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"tune needs {name} as a tensor {shape}; got {type(value).__name__}. "
-                "Pass the processor's output: tuner.tune(**processor(images=..., text=..., return_tensors='pt'))"
-            )
-        if value.dim() != dims:
-            raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
-    pixels = inputs["pixel_values"]
-    ids = inputs["input_ids"] if subject.answers else pixels
-    if ids.shape[0] != pixels.shape[0] or ids.numel() == 0:
-        raise ValueError(
-            "input_ids and pixel_values must have one row per sample (one image each) and at least one sample; "
-            f"got {list(ids.shape)} and {list(pixels.shape)}"
-        )
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.device != device:
-            raise ValueError(f"{name} is on {value.device}, the model on {device}; move one of them")
-    if not pixels.is_floating_point():
-        raise TypeError(f"pixel_values must be floating point, as the processor gives them; got {pixels.dtype}")
-    if refused := [name for name in ("past_key_values", "labels", "inputs_embeds") if inputs.get(name) is not None]:
-        raise ValueError(f"tune takes no {refused[0]}: pass the processor's output alone")
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
-    checks = [pixels.sum(dtype=torch.float32)]  # not finite where one pixel is not
-    if isinstance(mask, Tensor):
-        checks.append(mask[:, -1].all())
-    total, padded_left = (*torch.stack(checks).tolist(), True)[:2]  # one wait for the device
-    if not math.isfinite(total):
-        raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
-    if not padded_left:
-        raise ValueError("prompts must be padded on the left: processor.tokenizer.padding_side = 'left'")
-    return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}

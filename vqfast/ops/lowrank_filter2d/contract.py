@@ -38,7 +38,9 @@ def check(
     x = check_activation("image", image)
     if x.dim() != 4:
         raise ValueError(f"image must be [B, C, H, W]; got {list(x.shape)}. For one image pass image[None]")
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
+    if channels == 0:
+        raise ValueError(f"image must have at least one channel; got {list(x.shape)}")
     y_taps, x_taps = check_parameter("taps_y", taps_y, x), check_parameter("taps_x", taps_x, x)
     if y_taps.dim() not in (2, 3) or (y_taps.dim() == 3 and y_taps.shape[0] != batch):
         raise ValueError(f"taps_y must be [R, k] or [B, R, k] with B = {batch}; got {list(y_taps.shape)}")
