@@ -68,6 +68,12 @@ struct Arguments : LoRAArguments {
     }
   }
 
+  // B = 0, as every episode starts: then y is the base's, dA is 0 and nothing is added to dx.
+  bool zero_b() const {
+    const float* b = lora_b.const_data_ptr<float>();
+    return std::all_of(b, b + lora_b.numel(), [](float value) { return value == 0; });
+  }
+
   // s B^T of every sample, [samples][r][whole vectors of N].
   Buffer<float> scaled_b() const {
     const int64_t stride = whole_vectors(outputs);
@@ -113,13 +119,15 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
     const Rows<T> out(y.template mutable_data_ptr<T>(), a.rows, a.outputs);
     const Rows<float> factors(const_cast<float*>(a.lora_a.const_data_ptr<float>()), a.samples * a.rank, a.inputs);
     const Buffer<float> b = a.scaled_b();
+    const bool plain = a.zero_b();
     a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
       VQ_CALL(shrink, in.row(m), in.stride, rows, factors.row(sample * a.rank), factors.stride, a.rank, in.stride,
               shrunk + m * a.rank);
+      if (plain) return;
       VQ_CALL(expand, out.row(m), out.stride, rows, shrunk + m * a.rank, a.rank,
               b.data() + sample * a.rank * out.stride, out.stride, out.stride);
     });
-    out.write_back();
+    if (!plain) out.write_back();
   });
   return {y, t};
 }
@@ -144,24 +152,29 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Te
     const Rows<T> dy(const_cast<T*>(grad.const_data_ptr<T>()), a.rows, a.outputs);
     const Rows<T> dx(x_grad ? d_x.template mutable_data_ptr<T>() : nullptr, x_grad ? a.rows : 0, a.inputs);
     const Rows<float> factors(const_cast<float*>(a.lora_a.const_data_ptr<float>()), a.samples * a.rank, a.inputs);
-    const Buffer<float> b = a.scaled_b();
-    Buffer<float> ds(a.rows * a.rank);
-    a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
-      float* own = ds.data() + m * a.rank;
-      VQ_CALL(shrink, dy.row(m), dy.stride, rows, b.data() + sample * a.rank * dy.stride, dy.stride, a.rank, dy.stride,
-              own);
-      if (x_grad)
-        VQ_CALL(expand, dx.row(m), dx.stride, rows, own, a.rank, factors.row(sample * a.rank), factors.stride,
-                dx.stride);
-    });
-    if (x_grad) dx.write_back();
+    const bool plain = a.zero_b();
+    Buffer<float> ds(plain ? 0 : a.rows * a.rank);
+    if (plain) {
+      std::fill_n(d_a.mutable_data_ptr<float>(), d_a.numel(), 0.f);
+    } else {
+      const Buffer<float> b = a.scaled_b();
+      a.for_blocks([&](int64_t sample, int64_t m, int64_t rows) {
+        float* own = ds.data() + m * a.rank;
+        VQ_CALL(shrink, dy.row(m), dy.stride, rows, b.data() + sample * a.rank * dy.stride, dy.stride, a.rank,
+                dy.stride, own);
+        if (x_grad)
+          VQ_CALL(expand, dx.row(m), dx.stride, rows, own, a.rank, factors.row(sample * a.rank), factors.stride,
+                  dx.stride);
+      });
+      if (x_grad) dx.write_back();
+    }
 
     // Every task owns some columns of dA or dB and walks over all rows, so the order of a sum is always the same.
     const Rows<float> da(d_a.mutable_data_ptr<float>(), a.samples * a.rank, a.inputs);
     Buffer<float> db(a.samples * a.rank * dy.stride);
     const float* shrunk = t.const_data_ptr<float>();
     constexpr int64_t kColumns = 4 * kLanes;
-    const int64_t tasks_a = (in.stride + kColumns - 1) / kColumns,
+    const int64_t tasks_a = plain ? 0 : (in.stride + kColumns - 1) / kColumns,
                   tasks = tasks_a + (dy.stride + kColumns - 1) / kColumns;
     torch::stable::parallel_for(0, a.samples * tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -176,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Te
                   std::min(kColumns, dy.stride - (d - tasks_a * kColumns)));
       }
     });
-    da.write_back();
+    if (!plain) da.write_back();
     float* out = d_b.mutable_data_ptr<float>();
     for (int64_t s = 0; s < a.samples; ++s)
       for (int64_t n = 0; n < a.outputs; ++n)

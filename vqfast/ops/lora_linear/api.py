@@ -40,8 +40,9 @@ def lora_linear(
 
     Returns:
         [..., N] in the dtype of x. Under autocast x, weight and bias are cast as for `torch.nn.functional.linear`.
-        Differentiable once in x, lora_a and lora_b (twice on the
-        reference backend). Deterministic.
+        Differentiable once in x, lora_a and lora_b (twice on the reference backend). Deterministic. Where lora_b is all
+        zero, as every episode starts, the cpu backend computes only what is not zero then: the base's y and dx, t and
+        dB (and dA stays 0 beside a dy that is not finite).
 
     Raises:
         TypeError: a dtype outside those above, or x and weight of different dtypes.
