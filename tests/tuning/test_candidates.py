@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vqfast import Preset, TuningConfig
-from vqfast.tuning.candidates import IDENTITY, render, select
+from vqfast.tuning.candidates import IDENTITY, _stretch, render, select
 
 
 def test_render_stretches_the_filtered_image_to_the_full_range():
@@ -17,6 +17,18 @@ def test_render_stretches_the_filtered_image_to_the_full_range():
     torch.testing.assert_close(stretched.quantile(0.02, 1), torch.zeros(2), rtol=0, atol=1e-4)
     torch.testing.assert_close(stretched.quantile(0.98, 1), torch.ones(2), rtol=0, atol=1e-4)
     assert images.gain[:2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 51, 52, 3072])
+def test_stretch_takes_the_quantiles_of_torch(size):
+    images = torch.rand(3, 1, 1, size, generator=torch.Generator().manual_seed(size))
+    gain, bias = _stretch(images)
+    low, high = torch.quantile(images.flatten(1), torch.tensor([0.02, 0.98]), dim=1)
+    if size > 1:
+        torch.testing.assert_close(gain, 1 / (high - low), rtol=1e-4, atol=0)
+        torch.testing.assert_close(bias, -low / (high - low), rtol=1e-4, atol=1e-5)
+    else:
+        assert (gain.tolist(), bias.tolist()) == ([1] * 3, [0] * 3)
 
 
 def test_a_flat_image_is_not_stretched():
