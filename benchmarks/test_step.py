@@ -31,7 +31,7 @@ from vqfast import TuningConfig
 from vqfast.tuning.candidates import DEFAULT_PRESETS
 
 TIGHT, LOOSE = 1e-4, 1e-2  # relative errors of entropies, before and after a step
-PAIRS = {1: 30, 8: 6}  # at least, by batch: eight images take eight times as long
+PAIRS = {1: 60, 8: 6}  # at least, by batch: eight images take eight times as long
 NARROW = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=4)
 FOUR_LAYERS = steps.BASE | dict(num_hidden_layers=4)
 GROWTH = {
