@@ -26,13 +26,14 @@ from vqfast import backends
 
 OUT, DOCS = ROOT / "out" / "bench", ROOT / "docs" / "benchmarks"
 NAME = "bench"  # of the README's markers
+PLAIN_PEERS = (PLAIN, "irreducible", "forward")  # what is tuned, alone
 
 
 def kind(peer: str) -> str:
     """What a peer is to its bar: eager, compiled, reference or plain."""
     if peer in backends.BACKENDS:
         return "reference"
-    if peer == PLAIN:
+    if peer in PLAIN_PEERS:
         return "plain"
     return "compiled" if peer.endswith(COMPILED) else "eager"
 
@@ -99,7 +100,8 @@ def table(rows: list[Result], folder: str) -> str:
         [
             *lines,
             "",
-            "Forward and backward; medians of calls made in turn."
+            *step_table(rows),
+            "Operators: forward and backward; medians of calls made in turn."
             + (f" Time of `lora_linear` in units of the frozen layer alone: {beside}." if beside else "")
             + f" {measured_on(rows)}; benchmarks/results/{folder}.",
             "",
@@ -107,6 +109,23 @@ def table(rows: list[Result], folder: str) -> str:
             "",
         ]
     )
+
+
+def step_table(rows: list[Result]) -> list[str]:
+    """Whole steps beside the irreducible one and beside peft; nothing without such rows."""
+    steps = [row for row in results.latest(rows) if row["op"] == "step" and row["speedup"] and not is_curve(row)]
+    beside = {(row["case"], row["peer"]): row["speedup"] for row in steps}
+    if not steps:
+        return []
+    lines = ["| whole step | time over irreducible | eager + peft / ours |", "|---|---|---|"]
+    for case in dict.fromkeys(row["case"] for row in steps):
+        irreducible, peft = beside.get((case, "irreducible")), beside.get((case, "peft"))
+        over = f"{1 / irreducible:.3f}" if irreducible else ""
+        lines.append(f"| {case} | {over} | {f'{peft:.2f}' if peft else ''} |")
+    definition = (
+        "The irreducible step is the frozen model's forward, gradient of the pixels and forward, and no tuning at all"
+    )
+    return [*lines, "", f"{definition} ([definitions](docs/benchmarks.md#the-whole-step)).", ""]
 
 
 def section(readme: str) -> str:

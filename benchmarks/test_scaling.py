@@ -18,7 +18,6 @@ from benchmarks import (
 )
 from benchmarks.rows import STEP, Row
 from benchmarks.timing import SUPERLINEAR, exponent, in_turn
-from vqfast import Preset, TestTimeTuner, TuningConfig, zoo
 
 OPERATORS = (test_lowrank_filter2d, test_softmax_entropy, test_linear_softmax_entropy, test_lora_linear)
 CURVES = [
@@ -26,7 +25,6 @@ CURVES = [
     for module in OPERATORS
     for axis, cases in itertools.groupby(module.BENCHMARK.op.scaling, lambda case: case.name.partition("=")[0])
 ]
-CANDIDATES = (2, 4, 8, 16, 32)
 
 
 @pytest.fixture
@@ -69,19 +67,3 @@ def test_scaling(subject, cases, curve, ours):
         works.append(subject.work(inputs, STEP))
     how = {"direction": STEP, "backend": name}
     curve({"op": subject.op.name, "how": how}, [case.name for case in cases], steps, works)
-
-
-@pytest.mark.benchmark(group="scaling, largest case")
-def test_candidates(curve, request):
-    """One image of the embedded model through `tune` with more and more presets to choose from."""
-    backend = next(iter(request.config.option.backend), None)
-    image, question, _ = zoo.questions("validation")[0]
-    steps = []
-    for count in CANDIDATES:
-        model, processor = zoo.load()
-        blurs = tuple(Preset(f"blur {i}", 0.5 + i / count, 1.0) for i in range(count - 1))  # beside the untouched image
-        tuner = TestTimeTuner(model, TuningConfig(candidates=blurs, backend=backend))
-        inputs = processor(images=image, text=question, return_tensors="pt")
-        steps.append(lambda tuner=tuner, inputs=inputs: tuner.tune(**inputs))
-    how = {"direction": "tune", "backend": backend or "automatic"}
-    curve({"op": "tune", "how": how}, [f"candidates={n}" for n in CANDIDATES], steps, [None] * len(steps))

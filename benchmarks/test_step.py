@@ -60,6 +60,8 @@ def note(record, rates):
     def append(case: str, scene: Scene, seconds: dict[str, list[float]]) -> None:
         for peer in (None, *(name for name in seconds if name != OURS)):
             figures = results.figures(seconds[OURS], peer and seconds[peer], None, rates, torch.float32)
+            if peer:  # over pairs: a few percent are less than a machine drifts by
+                figures["speedup"] = float(f"{ratio(seconds[peer], seconds[OURS]):.4g}")
             how = dict(dtype="float32", direction="tune", backend=scene.config.backend or "automatic", peer=peer)
             record(op="step", case=case, **how, **figures)
 

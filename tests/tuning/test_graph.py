@@ -50,9 +50,11 @@ def waits(tuner, batch, **options) -> dict[str, int]:
         TuningConfig(steps=2, guard=False),
         TuningConfig(filter="lowrank", train_tone=True),
         SEARCH,
+        TuningConfig(filter="spectral"),
+        TuningConfig(objective="marginal_entropy", views=2),
         TuningConfig(objective=lambda output, valid: output.logits.logsumexp(-1)[:, 0]),
     ],
-    ids=["paper", "two-steps", "lowrank", "search", "callable"],
+    ids=["paper", "two-steps", "lowrank", "search", "spectral", "marginal", "callable"],
 )
 @pytest.mark.parametrize("keep_cache", [False, True])
 def test_a_step_never_waits_for_the_device(model, batch, config, keep_cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -63,13 +64,20 @@ def views_of(pixels: Tensor, count: int) -> Tensor:
 
     The others are random crops of half to all of its area, in its own proportions, resized to its size.
     """
+    images = pixels.float().repeat_interleave(count, 0)
+    crops = _crops(count, pixels.device).repeat(len(pixels), 1, 1)
+    grid = F.affine_grid(crops, list(images.shape), align_corners=False)
+    views = F.grid_sample(images, grid, padding_mode="border", align_corners=False).to(pixels.dtype)
+    views[::count] = pixels
+    return views
+
+
+@functools.cache
+def _crops(count: int, device: torch.device) -> Tensor:
+    """Affine maps to `count` crops, [count, 2, 3]. Kept: a CUDA graph may not copy them from the host."""
     draw = torch.rand(count, 3, generator=torch.Generator().manual_seed(VIEW_SEED))
     side = (VIEW_AREA[0] + (VIEW_AREA[1] - VIEW_AREA[0]) * draw[:, 0]).sqrt()
     crops = torch.zeros(count, 2, 3)
     crops[:, 0, 0] = crops[:, 1, 1] = side
     crops[:, :, 2] = (2 * draw[:, 1:] - 1) * (1 - side[:, None])  # centre
-    images = pixels.float().repeat_interleave(count, 0)
-    grid = F.affine_grid(crops.repeat(len(pixels), 1, 1).to(pixels.device), list(images.shape), align_corners=False)
-    views = F.grid_sample(images, grid, padding_mode="border", align_corners=False).to(pixels.dtype)
-    views[::count] = pixels
-    return views
+    return crops.to(device)
