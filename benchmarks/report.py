@@ -125,7 +125,7 @@ def step_table(rows: list[Result]) -> list[str]:
     definition = (
         "The irreducible step is the frozen model's forward, gradient of the pixels and forward, and no tuning at all"
     )
-    return [*lines, "", f"{definition} ([definitions](docs/benchmarks.md#the-whole-step)).", ""]
+    return [*lines, "", f"{definition} ([definitions](docs/benchmarks.md)).", ""]
 
 
 def section(readme: str) -> str:

@@ -4,6 +4,7 @@ Without one, `run_again` stands for a capture: its replay runs the step anew on 
 """
 
 import collections
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -89,8 +90,7 @@ def test_a_replay_answers_to_its_own_inputs(model, wide_batch, config):
     with TestTimeTuner(model, TuningConfig(mode="eager", candidates=config.candidates)) as tuner:
         expected = [tuner.tune(**batch) for batch in batches]
         texts = [tuner.generate(**batch, max_new_tokens=2) for batch in batches]
-    with TestTimeTuner(model, config) as tuner:
-        assert tuner.mode == ("graph", "the model is on CUDA")
+    with TestTimeTuner(model, replace(config, mode="graph")) as tuner:
         for batch, eager in zip(batches, expected, strict=True):
             result = tuner.tune(**batch)
             assert torch.equal(result.logits, eager.logits)
@@ -104,7 +104,7 @@ def test_a_replay_answers_to_its_own_inputs(model, wide_batch, config):
 
 @pytest.mark.usefixtures("without_gpu")
 def test_graphs_are_bounded_and_the_one_used_longest_ago_goes(model, batch):
-    with TestTimeTuner(model) as tuner:
+    with TestTimeTuner(model, TuningConfig(mode="graph")) as tuner:
         tuner.graphs.capacity = 2
         for size in (1, 2, 1, 3, 1, 2):  # 3 drives out 2, and 2 then 3
             tuner.tune(**rows(batch, *range(size)))
@@ -117,12 +117,43 @@ def test_graphs_are_bounded_and_the_one_used_longest_ago_goes(model, batch):
 @pytest.mark.usefixtures("without_gpu")
 def test_a_model_with_new_weights_is_captured_anew(batch):
     model, _ = zoo.load()
-    with TestTimeTuner(model) as tuner:
+    with TestTimeTuner(model, TuningConfig(mode="graph")) as tuner:
         tuner.tune(**batch)
         tuner.tune(**batch)
         model.lm_head.weight.data = 2 * model.lm_head.weight.data
         tuner.tune(**batch)
         assert (tuner.graphs.misses, tuner.graphs.hits) == (2, 1)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_auto_captures_a_shape_that_keeps_coming(model, batch):
+    with TestTimeTuner(model) as tuner:
+        for _ in range(graph.SEEN + 2):
+            tuner.tune(**batch)
+            tuner.tune(**rows(batch, 0)) if len(tuner.graphs) == 0 else None
+        assert (tuner.graphs.misses, tuner.graphs.hits) == (1, 2)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_replay_refuses_what_a_step_refuses(model, batch):
+    with TestTimeTuner(model, TuningConfig(mode="graph")) as tuner:
+        expected = tuner.tune(**batch)
+        with pytest.raises(ValueError, match="pixel_values contain NaN"):
+            tuner.tune(**{**batch, "pixel_values": batch["pixel_values"] * torch.nan})
+        with pytest.raises(ValueError, match="padded on the left"):
+            tuner.tune(**{**batch, "attention_mask": batch["attention_mask"] * 0})
+        assert torch.equal(tuner.tune(**batch).logits, expected.logits)
+        assert tuner.graphs.misses == 1
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_prompts_of_one_length_with_other_answer_lengths_are_other_graphs(model, batch):
+    with TestTimeTuner(model, TuningConfig(mode="graph", answer_tokens=2)) as tuner:
+        subject = tuner._subject
+        keys = {graph._key(batch, positions, False) for positions in (1, 2)}
+        assert len(keys) == 2
+        assert subject is not None
+        assert torch.equal(tuner.tune(**batch).logits, tuner.tune(**batch).logits)
 
 
 def test_a_model_that_cannot_be_captured_runs_eagerly_or_says_so(model, batch, monkeypatch):
@@ -136,7 +167,9 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_or_says_so(model, batch, m
     with TestTimeTuner(model, TuningConfig(mode="eager")) as tuner:
         expected = tuner.tune(**batch)
     with TestTimeTuner(model) as tuner:
-        assert torch.equal(tuner.tune(**batch).logits, expected.logits)
+        for _ in range(graph.SEEN):
+            assert tuner.mode[0] == "graph"
+            assert torch.equal(tuner.tune(**batch).logits, expected.logits)
         assert tuner.mode[0] == "eager"
         assert "not permitted" in tuner.mode[1]
         assert torch.equal(tuner.tune(**batch).logits, expected.logits)

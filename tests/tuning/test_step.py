@@ -127,6 +127,29 @@ def test_heads_that_do_more_than_a_product_are_not_bypassed(batch):
     torch.testing.assert_close(torch.tensor(confidences), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_hooks_on_the_head_see_logits(model, batch):
+    handle = model.lm_head.register_forward_hook(lambda _, args, logits: logits / 2)
+    try:
+        expected = plain_logits(model, batch).softmax(-1).amax(-1)
+        with TestTimeTuner(model) as tuner:
+            confidences = [s.confidence_before for s in tuner.tune(**batch).samples]
+    finally:
+        handle.remove()
+    torch.testing.assert_close(torch.tensor(confidences), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_objective_is_computed_on_the_batch_alone(model, batch):
+    sizes = []
+
+    def objective(output, valid):
+        sizes.append(len(valid))
+        return -output.logits[:, 0].logsumexp(-1)
+
+    with TestTimeTuner(model, TuningConfig(objective=objective, candidates="default")) as tuner:
+        tuner.tune(**batch)
+    assert sizes == [5, 5]
+
+
 def test_parameters_alias_one_storage_and_a_step_is_that_of_separate_tensors(model):
     tower = find_vision_tower(model, 2, ("q_proj", "v_proj"), None)
     state = EpisodeState(TuningConfig(), tower.linears, tower.normalisation(torch.device("cpu")), 3)
@@ -289,6 +312,16 @@ def test_frozen_layers_in_bfloat16_keep_the_answer_or_stay_in_float32(model, bat
         assert not torch.equal(low.logits, exact.logits)
         torch.testing.assert_close(low.logits, exact.logits, rtol=0.05, atol=0.3)
         assert low.logits.dtype == torch.float32
+        before = model.model.multi_modal_projector.linear_2.weight.clone()
+        with torch.no_grad():
+            model.model.multi_modal_projector.linear_2.weight.mul_(0.5)
+        try:
+            expected = plain_logits(model, batch).softmax(-1).amax(-1)
+            confidences = [s.confidence_before for s in tuner.tune(**batch).samples]
+        finally:
+            with torch.no_grad():
+                model.model.multi_modal_projector.linear_2.weight.copy_(before)
+        torch.testing.assert_close(torch.tensor(confidences), expected, rtol=0.02, atol=0.02)
     monkeypatch.setattr(low_precision, "ENTROPY_BAND", -1.0)
     with TestTimeTuner(model, TuningConfig(frozen_dtype="bfloat16")) as tuner:
         assert torch.equal(tuner.tune(**batch).logits, exact.logits)

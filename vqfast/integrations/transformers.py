@@ -58,7 +58,7 @@ def find_shortcuts(model: nn.Module, tower: VisionTower) -> Shortcuts:
     head = _plain_head(model)
     convolutions = [m for m in tower.module.modules() if isinstance(m, nn.Conv2d)]
     patches = convolutions[0] if len(convolutions) == 1 and _is_patch_embedding(convolutions[0]) else None
-    layers = _decoder_layers(model, tower)
+    layers = () if getattr(model.config, "is_encoder_decoder", False) else _decoder_layers(model, tower)
     return Shortcuts(head, patches, _unused_blocks(model, tower), layers, _last_rows(layers) if head else ())
 
 

@@ -52,7 +52,8 @@ class TuningConfig:
             elsewhere. `TestTimeTuner.mode` says which and why.
         frozen_dtype: "bfloat16": frozen linear layers of a float32 model compute in bfloat16 on processors with
             instructions for it, if answers stay the same on the first input (`TestTimeTuner.frozen_dtype` says). Takes
-            half of the weights' memory on top.
+            half of the weights' memory on top. `applied`, and what `generate` writes after the first token, stay in
+            float32.
         backend: for every operator (`vqfast.backend`); None leaves the choice to the caller's block or to vqfast. A
             backend by name runs or raises, also for an operator that it has no kernel for.
 

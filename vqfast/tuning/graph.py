@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,12 @@ from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Outcome, Prompt, Subject, run
 
 CAPACITY = 8  # graphs; one keeps the activations of a step
+SEEN = 3  # inputs of a shape before it is captured unasked: a capture costs several steps
+REMEMBERED = 1024  # shapes that are counted
 WARM_UP = 2  # steps before a capture: kernels are compiled, workspaces allocated
+
+
+_capturing = threading.Lock()  # CUDA takes one capture at a time per process
 
 
 class CaptureError(RuntimeError):
@@ -65,6 +70,7 @@ class StepGraphs:
         self.capacity = capacity
         self.hits = self.misses = self.reserved_bytes = 0
         self._recorded: OrderedDict[Hashable, Recorded] = OrderedDict()
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -77,41 +83,43 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop every graph and its memory."""
         self._recorded.clear()
+        self._seen.clear()
         self._pool, self.reserved_bytes = None, 0
 
-    def find(self, inputs: dict[str, Any], keep_cache: bool) -> Recorded | None:
-        """The captured step for inputs of this shape. Whether the model is still where it was is left to the caller."""
-        recorded = self._recorded.get(key := _key(inputs, keep_cache))
-        if recorded is None or recorded.replay is None:
+    def find(self, inputs: dict[str, Any], positions: int, keep_cache: bool) -> Recorded | None:
+        """The captured step for inputs of this shape and answer positions, on the model where it is now."""
+        recorded = self._recorded.get(key := _key(inputs, positions, keep_cache))
+        if recorded is None or recorded.replay is None or not recorded.model.unchanged():
             return None
         self._recorded.move_to_end(key)
         return recorded
+
+    def is_due(self, prompt: Prompt, keep_cache: bool) -> bool:
+        """Whether a shape has been seen often enough to be captured."""
+        key = _key(prompt.inputs, prompt.valid.shape[1], keep_cache)
+        self._seen[key] = self._seen.get(key, 0) + 1
+        self._seen.move_to_end(key)
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        return self._seen[key] >= SEEN
 
     def prepare(
         self, subject: Subject, prompt: Prompt, keep_cache: bool, make_state: Callable[[], EpisodeState]
     ) -> Recorded:
         """The step for inputs of this shape, filled with them; `step` captures it when it is new."""
-        recorded = self.find(prompt.inputs, keep_cache)
-        if recorded is not None and recorded.model.unchanged():
+        positions = prompt.valid.shape[1]
+        recorded = self.find(prompt.inputs, positions, keep_cache)
+        if recorded is not None:
             recorded.fill(prompt.inputs)
             recorded.prompt.valid.copy_(prompt.valid)
             return recorded
         static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in prompt.inputs.items()}
         recorded = Recorded(Prompt(static, prompt.valid.clone()), make_state(), Placement(subject.model))
-        self._recorded[key := _key(prompt.inputs, keep_cache)] = recorded
+        self._recorded[key := _key(prompt.inputs, positions, keep_cache)] = recorded
         self._recorded.move_to_end(key)
         while len(self) > self.capacity:
             self._recorded.popitem(last=False)
         return recorded
-
-    def replay(self, recorded: Recorded) -> Outcome | None:
-        """`step` of a captured one; None, and nothing of use on the device, where the model is not where it was."""
-        assert recorded.replay is not None
-        recorded.replay()
-        if not recorded.model.unchanged():  # looked at while the device works
-            return None
-        self.hits += 1
-        return recorded.outcome
 
     def step(self, subject: Subject, recorded: Recorded, keep_cache: bool) -> Outcome:
         """One step from the state's start. Its tensors are good until the next."""
@@ -157,33 +165,50 @@ def capture(body: Callable[[], None], pool: Any) -> tuple[Callable[[], None], An
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with _capturing, torch.cuda.stream(side):  # also where a failed capture would leave this thread on its stream
         for _ in range(WARM_UP):
             body()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
+        recording = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")
+        try:
+            with without_checks(), recording:
+                body()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(f"this model's step cannot be captured in a CUDA graph: {error}") from error
     torch.cuda.current_stream().wait_stream(side)
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
-    try:
-        with without_checks(), torch.cuda.graph(graph, pool=pool):
-            body()
-    except RuntimeError as error:
-        raise CaptureError(f"this model's step cannot be captured in a CUDA graph: {error}") from error
     return graph.replay, graph.pool(), torch.cuda.memory_reserved() - before
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why steps of a model on `device` cannot be captured, or None."""
-    return None if device.type == "cuda" else f"the model is on {device}, not on CUDA"
+    if device.type != "cuda":
+        return f"the model is on {device}, not on CUDA"
+    if device.index not in (None, torch.cuda.current_device()):
+        return f"the model is on {device}, which is not the current device: torch.cuda.set_device({device.index})"
+    return None
 
 
 @contextlib.contextmanager
 def without_checks() -> Iterator[None]:
     """Inside the block transformers does not compare numbers of image tokens and features, and prints neither.
 
-    Both wait for the device. The steps before a capture do compare, and every replay counts the image tokens.
+    Both wait for the device. The steps before a capture do compare, and every replay counts the image tokens. Changes
+    what is global to the process: for one thread at a time.
     """
-    switch = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}
-    with mock.patch.dict(os.environ, switch), mock.patch.object(Tensor, "__format__", return_value="not read"):
+    name, original = "TRANSFORMERS_DISABLE_TORCH_CHECK", Tensor.__format__
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    Tensor.__format__ = lambda *_: "not read"  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        Tensor.__format__ = original  # type: ignore[method-assign]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class Placement:
@@ -197,17 +222,17 @@ class Placement:
         self._addresses = [(tensor, tensor.data_ptr()) for tensor in tensors]
 
     def unchanged(self) -> bool:
-        """No module, parameter or buffer was replaced or moved. Values may have changed."""
+        """No module, parameter or buffer was replaced or moved. Values may have changed; hooks are not looked at."""
         return all(table.get(name) is value for table, name, value in self._entries) and all(
             tensor.data_ptr() == address for tensor, address in self._addresses
         )
 
 
-def _key(inputs: dict[str, Any], keep_cache: bool) -> Hashable:
+def _key(inputs: dict[str, Any], positions: int, keep_cache: bool) -> Hashable:
     """What a captured step depends on, beside the model, and does not read from its static inputs."""
     described = tuple(
         (name, tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else (name, repr(v))
         for name, v in sorted(inputs.items())
     )
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    return described, keep_cache, autocast, backends.selected()
+    return described, positions, keep_cache, autocast, backends.selected()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqfast.tuning.step import Subject
 
+REFUSED = ("past_key_values", "labels", "inputs_embeds", "vision_feature_layer")
 PIXEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,12 +48,16 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"pixel_values must be floating point, {accepted}; got {pixels.dtype}. Convert them: .float()")
     if pixels.shape[1] != (channels := len(subject.tower.mean)):
         raise ValueError(f"pixel_values must have {channels} channels, as the normalisation; got {pixels.shape[1]}")
-    if refused := [name for name in ("past_key_values", "labels", "inputs_embeds") if inputs.get(name) is not None]:
+    if refused := [name for name in REFUSED if inputs.get(name) is not None]:
         raise ValueError(f"tune takes no {refused[0]}: pass the processor's output alone")
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
-    return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
+    return {n: _plain(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor.detach() if tensor.requires_grad else tensor
 
 
 def value_checks(inputs: dict[str, Any]) -> Tensor:

@@ -33,7 +33,7 @@ def bfloat16_forwards(subject: Subject, prompt: Prompt) -> tuple[dict[nn.Module,
         for m in subject.model.modules()
         if isinstance(m, nn.Linear) and is_plain_linear(m) and m.weight.dtype == torch.float32 and m not in kept
     ]
-    forwards: dict[nn.Module, Forward] = {layer: _in_bfloat16(layer) for layer in layers}
+    forwards: dict[nn.Module, Forward] = {layer: _InBfloat16(layer) for layer in layers}
     if not forwards:
         return {}, "no linear layer of the model is frozen and float32"
     with lean(shortcuts, prompt.valid.shape[1]):
@@ -45,11 +45,22 @@ def bfloat16_forwards(subject: Subject, prompt: Prompt) -> tuple[dict[nn.Module,
     return forwards, f"answers to the first input are the same, entropy to {moved:.3f} nats"
 
 
-def _in_bfloat16(layer: nn.Linear) -> Forward:
-    weight = layer.weight.detach().bfloat16()
-    bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+def outdated(subject: Subject) -> bool:
+    """Whether a copy is no longer that of its layer."""
+    copies = [(layer, forward) for layer, forward in subject.forwards.items() if isinstance(forward, _InBfloat16)]
+    return any(forward.source != _source(layer) for layer, forward in copies)
 
-    def forward(x: Tensor) -> Tensor:
-        return F.linear(x.bfloat16(), weight, bias).to(x.dtype)
 
-    return forward
+def _source(layer: nn.Module) -> tuple[object, ...]:
+    parameters = (layer.get_parameter("weight"), layer._parameters.get("bias"))
+    return tuple(p if p is None else (p.data_ptr(), p._version, p.device, p.dtype) for p in parameters)
+
+
+class _InBfloat16:
+    def __init__(self, layer: nn.Linear) -> None:
+        self.source = _source(layer)
+        self.weight = layer.weight.detach().bfloat16()
+        self.bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight, self.bias).to(x.dtype)

@@ -72,6 +72,11 @@ def patched(tower: VisionTower, state: EpisodeState) -> Iterator[None]:
 
     def by_sample(adapter: LoRALinear) -> Forward:
         def forward(x: Tensor) -> Tensor:
+            if x.shape[0] % samples:
+                raise ValueError(
+                    f"the vision tower packs {samples} samples into {x.shape[0]} rows of patches, and LoRA cannot tell "
+                    "whose they are: tune one sample at a time"
+                )
             if x.shape[0] == samples:
                 return adapter.forward(x)
             rows = adapter.forward(x.reshape(samples, -1, x.shape[-1]))
@@ -82,12 +87,10 @@ def patched(tower: VisionTower, state: EpisodeState) -> Iterator[None]:
     replacements: dict[nn.Module, Forward] = {
         tower.linears[path]: by_sample(adapter) for path, adapter in state.adapters.items()
     }
-    hook = tower.module.register_forward_pre_hook(filter_pixels, with_kwargs=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(tower.module.register_forward_pre_hook(filter_pixels, with_kwargs=True).remove)
         with replaced(replacements):
             yield
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager
@@ -101,12 +104,12 @@ def lean(shortcuts: Shortcuts, positions: int, *, same_pixels: bool = False) -> 
     """
     replacements: dict[nn.Module, Forward] = {}
     conv = shortcuts.patch_embedding
-    if conv is not None and "forward" not in vars(conv):  # hooked since it was found
+    if conv is not None and not is_hooked(conv):
         embed = _patch_product(conv)
         replacements[conv] = _once(embed) if same_pixels else embed
     for block in shortcuts.unused_blocks:
         replacements[block] = _first_argument
-    for module in shortcuts.last_rows:
+    for module in shortcuts.last_rows if not any(map(is_hooked, shortcuts.last_rows)) else ():
         replacements[module] = _for_last_rows(module.forward, positions)
     with replaced(replacements):
         yield
@@ -125,6 +128,11 @@ def _patch_product(conv: nn.Conv2d) -> Forward:
     return forward
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """It has hooks or a forward of its own, which expect the layer's own input and output."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _once(function: Forward) -> Forward:
     kept: list[Any] = []
 
@@ -136,17 +144,17 @@ def _once(function: Forward) -> Forward:
     return forward
 
 
-def _first_argument(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden
+def _first_argument(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 def _for_last_rows(original: Forward, positions: int) -> Forward:
     """`original`, [B, T, K] -> [B, T, N] row by row, for the last rows; zero for the others."""
 
-    def forward(x: Tensor) -> Any:
-        unused = x.shape[-2] - positions
-        if unused <= 0:
-            return original(x)
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or x.dim() != 3 or x.shape[1] <= positions:
+            return original(x, *args, **kwargs)
+        unused = x.shape[1] - positions
         result = original(x[..., unused:, :])
         if not isinstance(result, Tensor):  # a mixture of experts may give back more than its output
             return original(x)

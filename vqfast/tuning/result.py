@@ -49,7 +49,7 @@ class TuningResult:
     logits: Tensor = field(repr=False)  # [B, V], float32: first-token logits of the answer that is kept
     parameters: dict[str, Tensor] = field(repr=False)  # [B, ...] each; what `applied` puts into the model
     config: TuningConfig = field(repr=False)
-    pixels: Tensor = field(repr=False)  # [B, C, H, W], as they were given
+    pixels: Tensor = field(repr=False)  # [B, C, H, W], the tensor that was given
     normalisation: tuple[Tensor, Tensor] = field(repr=False)  # mean and std of the pixels, [C]
     telemetry: Telemetry | None = None  # of `TestTimeTuner.profile`
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Forward, Prompt, Subject, forward
 from vqfast.tuning.stream import Stream
 
-IMAGES_AT_ONCE = 64  # of a search forward: bounds its memory; more at a time were no faster per image (docs/step.md)
+IMAGES_AT_ONCE = 64  # of a search forward: bounds its memory
 
 
 class Found(NamedTuple):
@@ -52,7 +53,7 @@ def search(subject: Subject, state: EpisodeState, prompt: Prompt, stream: Stream
         untuned = tried.forwards[0]
         if tried.side is not None:  # the answer that a plain forward gives is one to the whole image
             with lean(subject.shortcuts, prompt.valid.shape[1]):
-                untuned = forward(subject, prompt)
+                untuned = forward(subject, prompt, entropy_alone=True)
     return Found(untuned, [presets[i] for i in best.tolist()], len(tried.forwards))
 
 
@@ -88,12 +89,11 @@ class _Tried:
 
     def _logits(self, prompt: Prompt) -> Tensor:
         if self.side is None:
-            return forward(self.subject, prompt).logits
-        hook = self.subject.tower.module.register_forward_pre_hook(_interpolated_positions, with_kwargs=True)
-        try:
-            return forward(self.subject, smaller(self.subject, prompt, self.side)).logits
-        finally:
-            hook.remove()
+            return forward(self.subject, prompt, entropy_alone=True).logits
+        tower = self.subject.tower.module
+        with contextlib.ExitStack() as stack:
+            stack.callback(tower.register_forward_pre_hook(_interpolated_positions, with_kwargs=True).remove)
+            return forward(self.subject, smaller(self.subject, prompt, self.side), entropy_alone=True).logits
 
 
 def _interpolated_positions(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

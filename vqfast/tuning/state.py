@@ -49,7 +49,7 @@ class EpisodeState:
         self.normalisation = normalisation
         device = normalisation[0].device
         self.filter: GaussianFilter | LowRankFilter | SpectralGain | None = None
-        self._spectrum: tuple[Tensor, Tensor] | None = None  # of the last pixels, while a spectral filter is tuned
+        self.keep_spectrum(False)
         if config.filter == "gaussian":
             self.filter = GaussianFilter(config.taps, samples=samples).to(device)
         elif config.filter == "lowrank":
@@ -66,6 +66,9 @@ class EpisodeState:
         }
         self._lay_out(device)
 
+    _keeps_spectrum: bool
+    _spectrum: tuple[Tensor, Tensor] | None  # the last pixels and theirs
+
     def filtered(self, pixels: Tensor) -> Tensor:
         """Pixels [B V, C, H, W], normalised, behind their sample's filter: V images per sample, sample by sample."""
         if self.filter is None:
@@ -75,9 +78,11 @@ class EpisodeState:
             images = pixels.reshape(self.samples, -1, *pixels.shape[-2:])
             mean, std = (values.repeat(images.shape[1] // len(values)) for values in self.normalisation)
         if isinstance(self.filter, SpectralGain):
-            if self._spectrum is None or self._spectrum[0] is not pixels:
-                self._spectrum = pixels, ops.dct2(images)
-            return self.filter(images, self._spectrum[1], mean=mean, std=std).view_as(pixels)  # type: ignore[no-any-return]
+            kept = self._spectrum
+            spectrum = kept[1] if kept is not None and kept[0] is pixels else ops.dct2(images)
+            if self._keeps_spectrum:
+                self._spectrum = pixels, spectrum
+            return self.filter(images, spectrum, mean=mean, std=std).view_as(pixels)  # type: ignore[no-any-return]
         return self.filter(images, mean, std).view_as(pixels)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -178,7 +183,10 @@ class EpisodeState:
     def reset(self) -> None:
         """Values of the start, optimiser without a past."""
         self._storage.copy_(self._fresh)
-        self._spectrum = None
+
+    def keep_spectrum(self, keep: bool) -> None:
+        """While it does, a spectral filter transforms pixels once that come again; their values must stay the same."""
+        self._keeps_spectrum, self._spectrum = keep, None
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:

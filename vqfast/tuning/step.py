@@ -15,7 +15,7 @@ from vqfast import ops
 from vqfast.integrations.transformers import Shortcuts, VisionTower
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.objective import answer_entropy, marginal_entropy, over_positions, views_of
-from vqfast.tuning.patch import lean, patched, replaced
+from vqfast.tuning.patch import is_hooked, lean, patched, replaced
 from vqfast.tuning.state import EpisodeState
 
 
@@ -119,13 +119,15 @@ def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> 
     return output
 
 
-def forward(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> Forward:
-    """A forward without a gradient."""
+def forward(subject: Subject, prompt: Prompt, *, keep_cache: bool = False, entropy_alone: bool = False) -> Forward:
+    """A forward without a gradient; with `entropy_alone` the objective is the entropy, whatever a step lowers."""
     with torch.inference_mode():  # a fourteenth faster than no_grad on a small model
         output = run_model(subject, prompt, keep_cache=keep_cache)
         entropy = answer_entropy(output.logits, prompt.valid)
         custom = subject.config.objective
-        objective = _checked_objective(custom(output, prompt.valid), prompt) if callable(custom) else entropy
+        objective = entropy
+        if callable(custom) and not entropy_alone:
+            objective = _checked_objective(custom(output, prompt.valid), prompt)
         return Forward(output.logits, entropy, objective, getattr(output, "past_key_values", None))
 
 
@@ -145,7 +147,7 @@ def forward_for_gradient(subject: Subject, prompt: Prompt, *, keep_cache: bool =
         logits = output.logits.detach()[::count]
         return Forward(logits, answer_entropy(logits, valid), objective)
     head = subject.shortcuts.head
-    if callable(config.objective) or head is None or "forward" in vars(head):  # a head that was hooked since
+    if callable(config.objective) or head is None or is_hooked(head):
         output = run_model(subject, prompt, keep_cache=keep_cache)
         logits, cache = output.logits, getattr(output, "past_key_values", None)
         entropy = answer_entropy(logits, valid)
@@ -189,6 +191,7 @@ def run(
     config = subject.config
     names, trained = zip(*state.trained(), strict=True)
     state.reset()
+    state.keep_spectrum(True)
     start: Forward | None = None
     same_pixels = state.filter is None and config.objective != "marginal_entropy"
     lean_model = lean(subject.shortcuts, prompt.valid.shape[1], same_pixels=same_pixels)
@@ -205,6 +208,7 @@ def run(
             state.step(grads)
             mark("update")
         answer = forward(subject, prompt, keep_cache=keep_cache)
+        state.keep_spectrum(False)
         mark("answer")
     assert start is not None
     accepted = _accepted(config, start, answer)
@@ -240,5 +244,7 @@ def kept_cache(outcome: Outcome) -> Any:
             mask = outcome.accepted[:, None, None, None]
             layer.keys = torch.where(mask, layer.keys, other.keys.detach())
             layer.values = torch.where(mask, layer.values, other.values.detach())
+    if any(getattr(layer, "is_sliding", False) or not getattr(layer, "is_croppable", True) for layer in kept.layers):
+        return None  # such a layer has forgotten what came before the last tokens
     kept.crop(-outcome.answer.logits.shape[1])
     return kept

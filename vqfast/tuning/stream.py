@@ -114,9 +114,12 @@ class Stream:
             if not (isinstance(values, list) and len(values) == size and all(_number(x, whole) for x in values)):
                 kind = "whole numbers from 0" if whole else "finite numbers"
                 raise ValueError(f"{name} of a stream of {self.presets} presets must be {size} {kind}; got {values!r}")
-        self.images = state["images"]
-        self.means = torch.tensor(state["means"], dtype=torch.float64)
-        self.counts, self.last = torch.tensor(state["counts"]), torch.tensor(state["last"])
+        try:
+            means = torch.tensor(state["means"], dtype=torch.float64)
+            counts, last = torch.tensor(state["counts"]), torch.tensor(state["last"])
+        except (OverflowError, RuntimeError) as error:
+            raise ValueError(f"a state has 64-bit whole numbers; got {state}") from error
+        self.images, self.means, self.counts, self.last = state["images"], means, counts, last
 
     def __repr__(self) -> str:
         each = int(self.counts.sum()) / max(self.images, 1)

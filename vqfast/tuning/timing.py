@@ -29,8 +29,8 @@ class PhaseTimer:
 
     def milliseconds(self) -> dict[str, float]:
         """Time per phase; a name that was marked several times is added up."""
-        if self._cuda:
-            torch.cuda.synchronize()
+        if not isinstance(last := self._marks[-1][1], float):
+            last.synchronize()
         total: dict[str, float] = {}
         for (_, start), (name, end) in zip(self._marks, self._marks[1:], strict=False):
             if isinstance(start, float) and isinstance(end, float):

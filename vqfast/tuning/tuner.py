@@ -22,7 +22,7 @@ from vqfast.tuning import graph, step
 from vqfast.tuning.candidates import IDENTITY, Preset
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.inputs import check_values, checked, value_checks
-from vqfast.tuning.low_precision import bfloat16_forwards
+from vqfast.tuning.low_precision import bfloat16_forwards, outdated
 from vqfast.tuning.patch import compiled_blocks, frozen, patched
 from vqfast.tuning.result import Report, TuningResult, read, report
 from vqfast.tuning.search import search
@@ -127,16 +127,19 @@ class TestTimeTuner:
         Raises:
             RuntimeError: inside `applied`, or while another thread tunes.
         """
-        if self._lock.locked():
+        if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "this tuner is in use (inside applied(), or in another thread): leave the block before closing"
             )
-        if self._subject is not None:
-            del _tuners[self._subject.tower.module]
-        self._subject = None
-        self._states.clear()
-        self.graphs.clear()
-        self.streams.clear()
+        try:
+            if self._subject is not None:
+                del _tuners[self._subject.tower.module]
+            self._subject = None
+            self._states.clear()
+            self.graphs.clear()
+            self.streams.clear()
+        finally:
+            self._lock.release()
 
     @property
     def mode(self) -> tuple[str, str]:
@@ -146,7 +149,11 @@ class TestTimeTuner:
         if self._subject is None:
             return "eager", "the tuner is closed"
         why = graph.unavailable(self._subject.device) or self._uncapturable
-        return ("graph", "the model is on CUDA") if why is None else ("eager", why)
+        return (
+            ("graph", f"the model is on CUDA; a shape from its input {graph.SEEN} on")
+            if why is None
+            else ("eager", why)
+        )
 
     def tune(self, *, stream: str | None = None, **inputs: Any) -> TuningResult:
         """Run one episode on a batch, each sample by itself. Works inside torch.inference_mode() and autocast.
@@ -216,7 +223,9 @@ class TestTimeTuner:
                 (options.get(name) or getattr(defaults, name, None) or 1) > 1
                 for name in ("num_beams", "num_return_sequences")
             )
-            result, cache = self._episode(subject, tensors, stream, keep_cache=not wide)
+            own_cache = options.get("cache_implementation") or getattr(defaults, "cache_implementation", None)
+            anew = wide or own_cache is not None or self.config.objective == "marginal_entropy"
+            result, cache = self._episode(subject, tensors, stream, keep_cache=not anew)
             if cache is None:
                 with self._applied(subject, result), frozen(model), torch.no_grad():
                     return model.generate(**tensors, **options)
@@ -243,26 +252,33 @@ class TestTimeTuner:
             as `tune`.
         """
 
-        def episode() -> TuningResult:
-            return self.tune(stream=stream, **inputs)
+        def episode(listener: Callable[[str], None] | None = None) -> TuningResult:
+            with self._in_use() as subject:
+                self._listener = listener
+                try:
+                    return self._episode(subject, inputs, stream)[0]
+                finally:
+                    self._listener = None
 
         episode()
         result = episode()
         calls = OperatorCalls()
-        self._listener = calls.mark
-        try:
-            with calls:
-                episode()
-        finally:
-            self._listener = None
+        with calls:
+            episode(calls.mark)
         launches, peak = traced(episode, result.pixels.device, trace)
         return replace(result, telemetry=Telemetry(calls.by_phase, launches, peak))
 
     def stream(self, name: str = "") -> Stream:
         """The running means of a stream of images: inspect, `reset()`, `state_dict()`, `load_state_dict()`.
 
-        A new name makes a new stream; beyond `STREAMS`, the one that was used longest ago is forgotten.
+        It learns from every search, also where the step after it raises. A new name makes a new stream; beyond
+        `STREAMS`, the one that was used longest ago is forgotten.
+
+        Raises:
+            ValueError: the tuner has no search_scope="stream".
         """
+        if self.config.search_scope != "stream":
+            raise ValueError(f"stream={name!r} needs a tuner with search_scope='stream'")
         if name not in self.streams:
             self.streams[name] = Stream(len(self.config.presets), self.config.max_candidates or STREAM_CANDIDATES)
         self.streams.move_to_end(name)
@@ -296,7 +312,7 @@ class TestTimeTuner:
             timer = PhaseTimer(subject.device, self._listener)
             check_values(value_checks(inputs).tolist())
             prompt = step.prepare(subject, inputs)
-            if self._undecided:
+            if self._undecided or outdated(subject):
                 subject = self._decide_frozen_dtype(subject, prompt)
             timer.mark("prepare")
             recorded = self._recorded(subject, prompt, keep_cache)
@@ -324,6 +340,7 @@ class TestTimeTuner:
         pixels: Tensor,
         timer: PhaseTimer,
     ) -> TuningResult:
+        parameters = state.snapshot()
         samples = read(told, presets)
         failed = [i for i, sample in enumerate(samples) if sample.failed]
         if failed and self.config.on_failure == "raise":
@@ -337,27 +354,25 @@ class TestTimeTuner:
             evaluations=evaluations,
             timings_ms=timer.milliseconds(),
             logits=told.logits,
-            parameters=state.snapshot(),
+            parameters=parameters,
             config=self.config,
             pixels=pixels,
             normalisation=state.normalisation,
         )
 
     def _replayed(self, subject: Subject, inputs: dict[str, Any], keep_cache: bool) -> tuple[TuningResult, Any] | None:
-        """An episode that is a replay and nothing else: no code of the model runs, the host waits once.
+        """An episode that is a replay and nothing else: no code of the model runs, the host waits at its end alone.
 
         None where there is no graph for it, or a search, or more than one answer position to find first.
         """
         if self.config.candidates is not None or self.config.answer_tokens > 1:
             return None
-        recorded = self.graphs.find(inputs, keep_cache)
+        recorded = self.graphs.find(inputs, 1, keep_cache)
         if recorded is None:
             return None
         timer = PhaseTimer(subject.device, self._listener)
         recorded.fill(inputs)
-        outcome = self.graphs.replay(recorded)
-        if outcome is None:
-            return None
+        outcome = self.graphs.step(subject, recorded, keep_cache)
         recorded.check()
         timer.mark("step")
         assert recorded.report is not None
@@ -372,6 +387,8 @@ class TestTimeTuner:
         if mode == "graph" and why is not None:
             raise ValueError(f"mode='graph' cannot run: {why}. Use mode='auto'")
         if mode == "eager" or why is not None:
+            return None
+        if self.config.mode == "auto" and not self.graphs.is_due(prompt, keep_cache):
             return None
         return self.graphs.prepare(subject, prompt, keep_cache, lambda: self._new_state(subject, prompt.samples))
 
@@ -390,7 +407,7 @@ class TestTimeTuner:
             return None
 
     def _decide_frozen_dtype(self, subject: Subject, prompt: step.Prompt) -> Subject:
-        forwards, why = bfloat16_forwards(subject, prompt)
+        forwards, why = bfloat16_forwards(replace(subject, forwards={}), prompt)
         self._undecided = False
         self.frozen_dtype = (self.config.frozen_dtype if forwards else None), why
         if not forwards:

@@ -113,7 +113,7 @@ def _spectral_gain2d_sum_kernel(
     tl.store(tl.where(axis == 0, d_gain_y, d_gain_x) + sample * size + at, total, mask=at < size)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # a CUDA graph keeps addresses of them
 def _basis(size: int, device: torch.device) -> Tensor:
     """C [size, size], kept: first made before a CUDA graph is captured, as kernels are first compiled then."""
     return basis(size, torch.empty(0, device=device))
