@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast.tuning.candidates import Preset, render, select
-from vqfast.tuning.objective import answer_entropy
 from vqfast.tuning.patch import lean
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Forward, Prompt, Subject, forward
@@ -77,23 +76,23 @@ class _Tried:
             rows = torch.arange(prompt.samples, device=prompt.pixels.device).repeat(len(part))
             wide = prompt.repeated(images.pixels, rows=rows)
             with lean(self.subject.shortcuts, prompt.valid.shape[1]):
-                logits = self._logits(wide)
-            for i, rows_of_preset in zip(part, logits.split(prompt.samples), strict=True):
-                entropy = answer_entropy(rows_of_preset, prompt.valid)
-                self.forwards[i] = Forward(rows_of_preset, entropy, entropy)
+                tried = self._forward(wide)
+            each = zip(tried.logits.split(prompt.samples), tried.entropy.split(prompt.samples), strict=True)
+            for i, (logits, entropy) in zip(part, each, strict=True):
+                self.forwards[i] = Forward(logits, entropy, entropy)
 
     def logits(self) -> tuple[list[int], Tensor]:
         """Indices of the presets tried, rising, and their logits [P, B, n, V]."""
         indices = sorted(self.forwards)
         return indices, torch.stack([self.forwards[i].logits for i in indices])
 
-    def _logits(self, prompt: Prompt) -> Tensor:
+    def _forward(self, prompt: Prompt) -> Forward:
         if self.side is None:
-            return forward(self.subject, prompt, entropy_alone=True).logits
+            return forward(self.subject, prompt, entropy_alone=True)
         tower = self.subject.tower.module
         with contextlib.ExitStack() as stack:
             stack.callback(tower.register_forward_pre_hook(_interpolated_positions, with_kwargs=True).remove)
-            return forward(self.subject, smaller(self.subject, prompt, self.side), entropy_alone=True).logits
+            return forward(self.subject, smaller(self.subject, prompt, self.side), entropy_alone=True)
 
 
 def _interpolated_positions(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
