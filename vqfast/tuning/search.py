@@ -35,7 +35,7 @@ def search(subject: Subject, state: EpisodeState, prompt: Prompt, stream: Stream
     """
     presets = subject.config.presets
     with torch.no_grad():
-        tried = _Tried(subject, prompt, presets)
+        tried = _Tried(subject, state, prompt, presets)
         if stream is None:
             tried.evaluate(range(len(presets)))
             best = select(tried.logits()[1], prompt.valid)
@@ -59,19 +59,21 @@ def search(subject: Subject, state: EpisodeState, prompt: Prompt, stream: Stream
 class _Tried:
     """Presets that were evaluated on the images of a prompt."""
 
-    def __init__(self, subject: Subject, prompt: Prompt, presets: Sequence[Preset]) -> None:
+    def __init__(self, subject: Subject, state: EpisodeState, prompt: Prompt, presets: Sequence[Preset]) -> None:
         self.subject, self.prompt, self.presets = subject, prompt, presets
+        self.normalisation = state.normalisation
         self.forwards: dict[int, Forward] = {}  # preset -> its forward, without a cache
         side = subject.config.search_resolution
         self.side = None if side is None or side >= min(prompt.pixels.shape[-2:]) else side
         self.gain, self.bias = (torch.zeros(len(presets), prompt.samples, device=prompt.pixels.device) for _ in "gb")
 
     def evaluate(self, indices: Sequence[int]) -> None:
-        prompt, mean_std = self.prompt, self.subject.tower.normalisation(self.prompt.pixels.device)
+        prompt = self.prompt
         at_once = max(1, IMAGES_AT_ONCE // prompt.samples)
         for first in range(0, len(indices), at_once):
             part = list(indices[first : first + at_once])
-            images = render([self.presets[i] for i in part], prompt.pixels, self.subject.config.taps, *mean_std)
+            presets, taps = [self.presets[i] for i in part], self.subject.config.taps
+            images = render(presets, prompt.pixels, taps, *self.normalisation)
             self.gain[part], self.bias[part] = (t.view(len(part), -1) for t in (images.gain, images.bias))
             rows = torch.arange(prompt.samples, device=prompt.pixels.device).repeat(len(part))
             wide = prompt.repeated(images.pixels, rows=rows)
