@@ -24,3 +24,12 @@ def require_backend():
             (pytest.fail if name in REQUIRED else pytest.skip)(reason)
 
     return require
+
+
+@pytest.fixture(scope="module")
+def one_openmp_thread():
+    """What a server of a small model should set (docs/tuning.md): threads wait for each other beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

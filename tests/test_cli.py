@@ -22,13 +22,7 @@ from typer.testing import CliRunner
 import vqfast
 from vqfast import cli, images, zoo
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is tiny: threads only wait for each other on a busy machine
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_openmp_thread")
 
 
 @pytest.fixture(scope="module")

@@ -31,16 +31,24 @@ SAVED_AS = (".png", ".jpg", ".jpeg", ".webp", ".avif")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 out = Console(markup=False, highlight=False, emoji=False)
 
+# Of several commands.
+ImageFile = Annotated[Path, typer.Argument(help="PNG, JPEG, WebP or AVIF file.")]
+Question = Annotated[str | None, typer.Option(help="Default for the embedded model: 'which digit?'.")]
+ModelFolder = Annotated[Path | None, typer.Option(help="Folder of a transformers model; else the embedded one.")]
+Search = Annotated[bool, typer.Option(help="Search for a filter to start from; else the paper's method.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 
 @app.command()
 def tune(
-    image: Annotated[Path, typer.Argument(help="PNG, JPEG, WebP or AVIF file.")],
-    question: Annotated[str | None, typer.Option(help="Default for the embedded model: 'which digit?'.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of a transformers model; else the embedded one.")] = None,
-    search: Annotated[bool, typer.Option(help="Search for a filter to start from; else the paper's method.")] = True,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1,
+    image: ImageFile,
+    question: Question = None,
+    model: ModelFolder = None,
+    search: Search = True,
+    steps: Steps = 1,
     save_image: Annotated[Path | None, typer.Option(help="Write the filtered image here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; the model's own, or 32.")] = None,
 ) -> None:
     """Answer a question about an image, before and after tuning on it. Runs on a CUDA device if there is one."""
@@ -74,14 +82,14 @@ def tune(
 
 @app.command()
 def profile(
-    image: Annotated[Path, typer.Argument(help="PNG, JPEG, WebP or AVIF file.")],
-    question: Annotated[str | None, typer.Option(help="Default for the embedded model: 'which digit?'.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of a transformers model; else the embedded one.")] = None,
-    search: Annotated[bool, typer.Option(help="Search for a filter to start from; else the paper's method.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1,
+    image: ImageFile,
+    question: Question = None,
+    model: ModelFolder = None,
+    search: Search = False,
+    steps: Steps = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Episodes whose median time is shown.")] = 20,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of one episode here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what tuning on an image costs: time and operator calls per phase, kernel launches, peak memory."""
     if trace is not None and not trace.parent.is_dir():
@@ -117,7 +125,7 @@ def profile(
 
 
 @app.command()
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def env(as_json: AsJson = False) -> None:
     """Show versions, what is compiled, and which backend each operator takes on each device, and why."""
     info: dict[str, Any] = vqfast.build_info()
     for package in ("triton", "transformers", "pillow"):

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, CLIPConfig, CLIPVision
 
 from vqfast import TestTimeTuner, TuningConfig, zoo
 
+pytestmark = pytest.mark.usefixtures("one_openmp_thread")
 SOAK = "VQFAST_SOAK" in os.environ
 STEPS, WARM_UP, GROWTH = (5000, 500, 1.0) if SOAK else (200, 100, 3.0)  # percent of the memory after the warm-up
 SIDES = (24, 32, 40, 48, 64)
@@ -85,15 +86,6 @@ class Work:
     def fixed(self):
         """The same inputs each time, to every tuner that has no memory."""
         return [self.tuners[0].tune(**self.prompt([3, 1, 4], 5)), self.tuners[2].tune(**self.images(3, 40, 0))]
-
-
-@pytest.fixture(autouse=True)
-def one_openmp_thread():
-    """What a server of a small model should set (docs/tuning.md)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="reads the resident set from /proc")

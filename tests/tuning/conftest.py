@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from hypothesis import settings
 
 from helpers import noisy, plain_logits
@@ -18,15 +17,6 @@ settings.load_profile("soak" if SOAK else "short")
 @pytest.fixture(scope="session")
 def soak():
     return SOAK
-
-
-@pytest.fixture(scope="module")
-def one_openmp_thread():
-    """For tests of thousands of steps: what a server of a small model should set (docs/tuning.md)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

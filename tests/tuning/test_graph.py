@@ -130,7 +130,8 @@ def test_auto_captures_a_shape_that_keeps_coming(model, batch):
     with TestTimeTuner(model) as tuner:
         for _ in range(graph.SEEN + 2):
             tuner.tune(**batch)
-            tuner.tune(**rows(batch, 0)) if len(tuner.graphs) == 0 else None
+            if len(tuner.graphs) == 0:
+                tuner.tune(**rows(batch, 0))
         assert (tuner.graphs.misses, tuner.graphs.hits) == (1, 2)
 
 

@@ -113,6 +113,17 @@ def test_a_spectral_filter_transforms_the_pixels_once_and_starts_as_the_identity
     assert result.image(1)[0].size == (32, 32)
 
 
+def test_no_spectrum_outlives_a_step_that_raises(model, batch):
+    def explode(output, valid):
+        raise MemoryError
+
+    with TestTimeTuner(model, TuningConfig(filter="spectral", objective=explode)) as tuner:
+        with pytest.raises(MemoryError):
+            tuner.tune(**batch)
+        state = tuner._state(tuner._subject, 5)
+        assert (state._keeps_spectrum, state._spectrum) == (False, None)
+
+
 def test_heads_that_do_more_than_a_product_are_not_bypassed(batch):
     for name, value in (("final_logit_softcapping", 30.0), ("logits_scaling", 8.0)):
         model = llava(-1)

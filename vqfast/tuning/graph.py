@@ -23,8 +23,6 @@ CAPACITY = 8  # graphs; one keeps the activations of a step
 SEEN = 3  # inputs of a shape before it is captured unasked: a capture costs several steps
 REMEMBERED = 1024  # shapes that are counted
 WARM_UP = 2  # steps before a capture: kernels are compiled, workspaces allocated
-
-
 _capturing = threading.Lock()  # CUDA takes one capture at a time per process
 
 
@@ -138,20 +136,20 @@ class StepGraphs:
         return recorded.outcome
 
     def _record(self, subject: Subject, recorded: Recorded, keep_cache: bool) -> None:
-        token = getattr(getattr(subject.model, "config", None), "image_token_id", None)
         inputs, state = recorded.prompt.inputs, recorded.state
-        counted = (
-            torch.zeros(()) if token is None or "input_ids" not in inputs else (inputs["input_ids"] == token).sum(1)
-        )
+
+        def image_tokens() -> Tensor:  # [B], or [1] where there are none to count
+            if subject.image_token is None or not subject.answers:
+                return torch.zeros(1, device=inputs["pixel_values"].device)
+            return (inputs["input_ids"] == subject.image_token).sum(1)  # type: ignore[no-any-return]
+
+        counted = image_tokens()
 
         def body() -> None:
             recorded.outcome = outcome = run(subject, state, recorded.prompt, lambda _: None, keep_cache=keep_cache)
             recorded.report = report(outcome.start, outcome, state)
-            values = value_checks(inputs)
-            same = torch.ones_like(values[:1])
-            if counted.dim():
-                same = ((inputs["input_ids"] == token).sum(1) == counted).all().float()[None]
-            recorded.checks = torch.cat([values, same])
+            same = (image_tokens() == counted).all().float()
+            recorded.checks = torch.cat([value_checks(inputs), same[None]])
 
         recorded.replay, self._pool, reserved = capture(body, self._pool)
         self.reserved_bytes += reserved

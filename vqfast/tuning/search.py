@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,9 +90,7 @@ class _Tried:
     def _forward(self, prompt: Prompt) -> Forward:
         if self.side is None:
             return forward(self.subject, prompt, entropy_alone=True)
-        tower = self.subject.tower.module
-        with contextlib.ExitStack() as stack:
-            stack.callback(tower.register_forward_pre_hook(_interpolated_positions, with_kwargs=True).remove)
+        with self.subject.tower.module.register_forward_pre_hook(_interpolated_positions, with_kwargs=True):
             return forward(self.subject, smaller(self.subject, prompt, self.side), entropy_alone=True)
 
 
@@ -119,9 +116,8 @@ def smaller(subject: Subject, prompt: Prompt, side: int) -> Prompt:
     inputs = {**prompt.inputs, "pixel_values": pixels.to(prompt.pixels.dtype)}
     if subject.answers:
         ids = inputs["input_ids"]
-        token = getattr(subject.model.config, "image_token_id", None)
-        image = ids == token
-        if token is None or not bool((image.sum(1) == before).all()):
+        image = ids == subject.image_token
+        if subject.image_token is None or not bool((image.sum(1) == before).all()):
             raise ValueError(
                 f"search_resolution needs a prompt with one image token per patch, {before} for {height}x{width} "
                 "pixels; leave it None for this model"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class EpisodeState:
         self.normalisation = normalisation
         device = normalisation[0].device
         self.filter: GaussianFilter | LowRankFilter | SpectralGain | None = None
-        self.keep_spectrum(False)
+        self._keeps_spectrum = False
+        self._spectrum: tuple[Tensor, Tensor] | None = None  # the last pixels and theirs
         if config.filter == "gaussian":
             self.filter = GaussianFilter(config.taps, samples=samples).to(device)
         elif config.filter == "lowrank":
@@ -65,9 +67,6 @@ class EpisodeState:
             for path, linear in linears.items()
         }
         self._lay_out(device)
-
-    _keeps_spectrum: bool
-    _spectrum: tuple[Tensor, Tensor] | None  # the last pixels and theirs
 
     def filtered(self, pixels: Tensor) -> Tensor:
         """Pixels [B V, C, H, W], normalised, behind their sample's filter: V images per sample, sample by sample."""
@@ -98,41 +97,34 @@ class EpisodeState:
         self._storage = torch.zeros(total + 2 * trained + len(sizes), device=device)
         self._gradient = torch.zeros(trained, device=device)
         self.values = self._storage[:total]
-        offset = 0
-        for _, parameter in self._all:
-            part = self.values[offset : offset + parameter.numel()].view_as(parameter)
+        parameters = [p for _, p in self._all]
+        for parameter, part in zip(parameters, _parts(self.values, parameters), strict=True):
             parameter.data = part.copy_(parameter)
-            offset += parameter.numel()
-        self._gradients = list(_parts(self._gradient, [p for _, p in self._trained]))
+        self._gradients = _parts(self._gradient, parameters[: len(self._trained)])
         self._fresh = self._storage.clone()
         self.start = self._fresh[:total]
         self.identity = self.start if self.config.candidates is None else self.start.clone()
         self._sample: Tensor | None = None  # of each value; of a single sample all values are its own
         if (samples := self.samples) > 1:
             numbers = torch.arange(samples, dtype=torch.int32, device=device)
-            self._sample = torch.cat([numbers.repeat_interleave(p.numel() // samples) for _, p in self._all])
-        self._optimizer = self._make_optimizer(dict(zip(rates, sizes, strict=True)), total, trained)
+            self._sample = torch.cat([numbers.repeat_interleave(p.numel() // samples) for p in parameters])
+        self._optimizer = self._make_optimizer(dict(zip(rates, sizes, strict=True)))
 
-    def _make_optimizer(self, sizes: dict[float, int], total: int, trained: int) -> torch.optim.Optimizer:
-        groups, offset = [], 0
-        for size in sizes.values():
-            leaf = nn.Parameter(self.values[offset : offset + size])
-            leaf.grad = self._gradient[offset : offset + size]
-            groups.append(leaf)
-            offset += size
-        on_cuda = self.values.is_cuda
+    def _make_optimizer(self, sizes: dict[float, int]) -> torch.optim.Optimizer:
+        """AdamW of one leaf per learning rate, from the number of values at each."""
+        total, trained, counts = len(self.values), len(self._gradient), list(sizes.values())
+        leaves = [nn.Parameter(part) for part in self.values[:trained].split(counts)]
         optimizer = torch.optim.AdamW(
-            [{"params": [leaf], "lr": rate} for rate, leaf in zip(sizes, groups, strict=True)],
+            [{"params": [leaf], "lr": rate} for rate, leaf in zip(sizes, leaves, strict=True)],
             weight_decay=0,
             fused=True,
-            capturable=on_cuda,
+            capturable=self.values.is_cuda,
         )
-        first, second, steps = self._storage[total:].split([trained, trained, len(sizes)])
-        offset = 0
-        for i, leaf in enumerate(groups):
-            part = slice(offset, offset + leaf.numel())
-            optimizer.state[leaf] = {"step": steps[i], "exp_avg": first[part], "exp_avg_sq": second[part]}
-            offset += leaf.numel()
+        first, second, steps = self._storage[total:].split([trained, trained, len(counts)])
+        parts = (self._gradient.split(counts), first.split(counts), second.split(counts), steps)
+        for leaf, gradient, exp_avg, exp_avg_sq, count in zip(leaves, *parts, strict=True):
+            leaf.grad = gradient
+            optimizer.state[leaf] = {"step": count, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return optimizer
 
     def _rate(self, name: str, parameter: nn.Parameter) -> float:
@@ -184,9 +176,14 @@ class EpisodeState:
         """Values of the start, optimiser without a past."""
         self._storage.copy_(self._fresh)
 
-    def keep_spectrum(self, keep: bool) -> None:
-        """While it does, a spectral filter transforms pixels once that come again; their values must stay the same."""
-        self._keeps_spectrum, self._spectrum = keep, None
+    @contextlib.contextmanager
+    def keeping_spectrum(self) -> Iterator[None]:
+        """Inside the block a spectral filter transforms pixels that come again once; their values must not change."""
+        self._keeps_spectrum = True
+        try:
+            yield
+        finally:
+            self._keeps_spectrum, self._spectrum = False, None
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:
@@ -213,8 +210,7 @@ class EpisodeState:
         self.filter.bias.copy_(bias)
 
 
-def _parts(flat: Tensor, like: object) -> Iterator[Tensor]:
-    offset = 0
-    for parameter in like:  # type: ignore[attr-defined]
-        yield flat[offset : offset + parameter.numel()].view_as(parameter)
-        offset += parameter.numel()
+def _parts(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
+    """Consecutive parts of `flat`, as large as each of `like` and viewed as it is."""
+    like = list(like)
+    return [part.view_as(other) for part, other in zip(flat.split([x.numel() for x in like]), like, strict=True)]

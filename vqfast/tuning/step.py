@@ -35,6 +35,11 @@ class Subject:
         return next(self.model.parameters()).device
 
     @property
+    def image_token(self) -> int | None:
+        """Id of the token that stands for a patch in the prompt; None where the configuration names none."""
+        return getattr(getattr(self.model, "config", None), "image_token_id", None)
+
+    @property
     def answers(self) -> bool:
         """It takes a prompt and writes an answer; else it is a classifier of images."""
         return "input_ids" in self.arguments
@@ -109,12 +114,13 @@ def prepare(subject: Subject, inputs: dict[str, Any]) -> Prompt:
 def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> Any:
     """The model's output, with `logits` [B, n, V] at the answer positions alone."""
     positions = prompt.valid.shape[1]
-    options = {"return_dict": True, "use_cache": keep_cache, "logits_to_keep": positions}
-    taken = {name: value for name, value in options.items() if name in subject.arguments or name == "return_dict"}
+    options: dict[str, Any] = {"return_dict": True}
     if subject.answers:
-        taken["use_cache"] = keep_cache  # some models hand it on without naming it
+        options["use_cache"] = keep_cache  # some models hand it on without naming it
+    if "logits_to_keep" in subject.arguments:
+        options["logits_to_keep"] = positions
     with replaced(subject.forwards):
-        output = subject.model(**{**prompt.inputs, **taken})
+        output = subject.model(**{**prompt.inputs, **options})
     output.logits = output.logits[:, -positions:] if output.logits.dim() == 3 else output.logits[:, None]
     return output
 
@@ -122,13 +128,15 @@ def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> 
 def forward(subject: Subject, prompt: Prompt, *, keep_cache: bool = False, entropy_alone: bool = False) -> Forward:
     """A forward without a gradient; with `entropy_alone` the objective is the entropy, whatever a step lowers."""
     with torch.inference_mode():  # a fourteenth faster than no_grad on a small model
-        output = run_model(subject, prompt, keep_cache=keep_cache)
-        entropy = answer_entropy(output.logits, prompt.valid)
-        custom = subject.config.objective
-        objective = entropy
-        if callable(custom) and not entropy_alone:
-            objective = _checked_objective(custom(output, prompt.valid), prompt)
-        return Forward(output.logits, entropy, objective, getattr(output, "past_key_values", None))
+        return _evaluated(subject, prompt, run_model(subject, prompt, keep_cache=keep_cache), entropy_alone)
+
+
+def _evaluated(subject: Subject, prompt: Prompt, output: Any, entropy_alone: bool = False) -> Forward:
+    """Entropy and objective of a model's output, from its logits."""
+    objective = entropy = answer_entropy(output.logits, prompt.valid)
+    if callable(subject.config.objective) and not entropy_alone:
+        objective = _checked_objective(subject.config.objective(output, prompt.valid), prompt)
+    return Forward(output.logits, entropy, objective, getattr(output, "past_key_values", None))
 
 
 def forward_for_gradient(subject: Subject, prompt: Prompt, *, keep_cache: bool = False, report: bool = True) -> Forward:
@@ -148,13 +156,8 @@ def forward_for_gradient(subject: Subject, prompt: Prompt, *, keep_cache: bool =
         return Forward(logits, answer_entropy(logits, valid), objective)
     head = subject.shortcuts.head
     if callable(config.objective) or head is None or is_hooked(head):
-        output = run_model(subject, prompt, keep_cache=keep_cache)
-        logits, cache = output.logits, getattr(output, "past_key_values", None)
-        entropy = answer_entropy(logits, valid)
-        objective = entropy
-        if callable(config.objective):
-            objective = _checked_objective(config.objective(output, valid), prompt)
-        return Forward(logits.detach(), entropy.detach(), objective, cache)
+        found = _evaluated(subject, prompt, run_model(subject, prompt, keep_cache=keep_cache))
+        return found._replace(logits=found.logits.detach(), entropy=found.entropy.detach())
     with replaced({head: lambda hidden: hidden}):
         output = run_model(subject, prompt, keep_cache=keep_cache)
     hidden, weight = output.logits, head.weight
@@ -191,11 +194,10 @@ def run(
     config = subject.config
     names, trained = zip(*state.trained(), strict=True)
     state.reset()
-    state.keep_spectrum(True)
     start: Forward | None = None
     same_pixels = state.filter is None and config.objective != "marginal_entropy"
     lean_model = lean(subject.shortcuts, prompt.valid.shape[1], same_pixels=same_pixels)
-    with patched(subject.tower, state), lean_model:
+    with patched(subject.tower, state), lean_model, state.keeping_spectrum():
         for _ in range(config.steps):
             last = forward_for_gradient(subject, prompt, keep_cache=keep_cache and start is None, report=start is None)
             start = start or last
@@ -208,7 +210,6 @@ def run(
             state.step(grads)
             mark("update")
         answer = forward(subject, prompt, keep_cache=keep_cache)
-        state.keep_spectrum(False)
         mark("answer")
     assert start is not None
     accepted = _accepted(config, start, answer)

@@ -32,7 +32,7 @@ from vqfast.tuning.stream import Stream
 from vqfast.tuning.telemetry import OperatorCalls, Telemetry, traced
 from vqfast.tuning.timing import PhaseTimer
 
-STREAMS = 1024  # at most; one is a few hundred bytes
+STREAMS = 1024  # at most; one is a few kilobytes
 STREAM_CANDIDATES = 4  # presets per image; more are no better (docs/stream.md)
 logger = logging.getLogger(__name__)
 _tuners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[TestTimeTuner]] = weakref.WeakKeyDictionary()
@@ -45,10 +45,10 @@ class TuningError(RuntimeError):
 class TestTimeTuner:
     """Tunes a filter and LoRA on each input of a vision-language model, by the entropy of its own answer.
 
-        reset -> (search) -> forward -> entropy -> backward -> AdamW -> forward (the answer)
+        (search) -> reset -> forward -> entropy -> backward -> AdamW -> forward (the answer)
 
     The model is changed only inside `tune`, `applied` and `generate`, and is put back even when they raise. The first
-    forward of an episode is exactly plain inference, and every sample of a batch is tuned by itself.
+    forward of an episode is plain inference to rounding, and every sample of a batch is tuned by itself.
 
     Args:
         model: a transformers vision-language model whose vision tower takes pixels [B, C, H, W], one image per sample.
@@ -148,12 +148,9 @@ class TestTimeTuner:
             return self.config.mode, "asked for by config.mode"
         if self._subject is None:
             return "eager", "the tuner is closed"
-        why = graph.unavailable(self._subject.device) or self._uncapturable
-        return (
-            ("graph", f"the model is on CUDA; a shape from its input {graph.SEEN} on")
-            if why is None
-            else ("eager", why)
-        )
+        if (why := graph.unavailable(self._subject.device) or self._uncapturable) is not None:
+            return "eager", why
+        return "graph", f"the model is on CUDA; a shape from its input {graph.SEEN} on"
 
     def tune(self, *, stream: str | None = None, **inputs: Any) -> TuningResult:
         """Run one episode on a batch, each sample by itself. Works inside torch.inference_mode() and autocast.
@@ -308,28 +305,34 @@ class TestTimeTuner:
             inputs = checked(subject, inputs)
             if (replayed := self._replayed(subject, inputs, keep_cache)) is not None:
                 return replayed
-        with torch.inference_mode(False), torch.enable_grad(), self._backend(), frozen(subject.model):
-            timer = PhaseTimer(subject.device, self._listener)
-            check_values(value_checks(inputs).tolist())
-            prompt = step.prepare(subject, inputs)
-            if self._undecided or outdated(subject):
-                subject = self._decide_frozen_dtype(subject, prompt)
-            timer.mark("prepare")
-            recorded = self._recorded(subject, prompt, keep_cache)
-            state = self._state(subject, prompt.samples) if recorded is None else recorded.state
-            state.begin()
-            untuned, presets, tried = None, [IDENTITY] * prompt.samples, 0
-            if self.config.candidates is not None:
-                untuned, presets, tried = search(subject, state, prompt, self.stream(stream or "") if pooled else None)
-                timer.mark("search")
-            outcome = self._captured(subject, recorded, keep_cache)
-            if outcome is None:
-                outcome = step.run(subject, state, prompt, timer.mark, keep_cache=keep_cache)
-            else:
-                timer.mark("step")
-            told = report(untuned or outcome.start, outcome, state)
-            result = self._result(told, presets, tried, state, prompt.pixels, timer)
-            return result, step.kept_cache(outcome) if keep_cache else None
+            with frozen(subject.model):
+                return self._run(subject, inputs, self.stream(stream or "") if pooled else None, keep_cache)
+
+    def _run(
+        self, subject: Subject, inputs: dict[str, Any], stream: Stream | None, keep_cache: bool
+    ) -> tuple[TuningResult, Any]:
+        """An episode in which the model's code may run."""
+        timer = PhaseTimer(subject.device, self._listener)
+        check_values(value_checks(inputs).tolist())
+        prompt = step.prepare(subject, inputs)
+        if self._undecided or outdated(subject):
+            subject = self._decide_frozen_dtype(subject, prompt)
+        timer.mark("prepare")
+        recorded = self._recorded(subject, prompt, keep_cache)
+        state = self._state(subject, prompt.samples) if recorded is None else recorded.state
+        state.begin()
+        untuned, presets, tried = None, [IDENTITY] * prompt.samples, 0
+        if self.config.candidates is not None:
+            untuned, presets, tried = search(subject, state, prompt, stream)
+            timer.mark("search")
+        outcome = self._captured(subject, recorded, keep_cache)
+        if outcome is None:
+            outcome = step.run(subject, state, prompt, timer.mark, keep_cache=keep_cache)
+        else:
+            timer.mark("step")
+        told = report(untuned or outcome.start, outcome, state)
+        result = self._result(told, presets, tried, state, prompt.pixels, timer)
+        return result, step.kept_cache(outcome) if keep_cache else None
 
     def _result(
         self,
