@@ -241,10 +241,10 @@ def peft(scene: Scene, *, alone: bool = True, capturable: bool = False) -> Step:
     """
     model, inputs, config = scene
     tower = find_vision_tower(model, config.lora_blocks, config.lora_targets, None)
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(tower.linears))
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(tower.targets))
     adapted = get_peft_model(shared_copy(model), lora).eval()
     device = inputs["pixel_values"].device
-    values = EpisodeState(config, tower.linears, tower.normalisation(device), 1).snapshot()
+    values = EpisodeState(config, tower.targets, tower.normalisation(device), 1).snapshot()
     log_sigma, mix = (nn.Parameter(values[f"filter.{name}"][0]) for name in ("log_sigma", "mix"))
     loras = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     with torch.no_grad():

@@ -6,12 +6,14 @@ A module holds one set of parameters or, with `samples=B`, one set per sample of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import ops
+from vqfast.ops.lora_linear import reference
 
 SIGMA_MIN = 0.3  # pixels; below it Gaussian taps are the identity to within 1 %
 MIX_RANGE = (-1.0, 1.0)
@@ -208,9 +210,11 @@ class LoRALinear(nn.Module):
     A is drawn uniformly within 1 / sqrt(K) (as nn.Linear is) and B starts at zero, so the layer starts as its base.
 
     Args:
-        base: the layer; its own parameters are used detached and never changed.
+        base: the layer, with in_features K and out_features N; its own parameters are used detached and never changed.
         rank, alpha: r and the numerator of the scaling.
         samples: one adapter per sample, for x [B, M, K]; None for a shared one. All samples start from the same A.
+        thirds: of a fused query-key-value layer, those (0, 1, 2) that take an adapter of rank r each; empty: the layer
+            takes one. With several, A is [n r, K] and B [n N / 3, r], one adapter after another.
         generator: source of A.
 
     Source: LoRA, arXiv 2106.09685.
@@ -218,24 +222,61 @@ class LoRALinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         rank: int,
         alpha: float,
         *,
         samples: int | None = None,
+        thirds: tuple[int, ...] = (),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        inputs, outputs = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+        weight: Tensor = base.weight  # type: ignore[assignment]
         self.base = base
         self.scaling = alpha / rank
-        bound = base.in_features**-0.5
-        start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.thirds = thirds
+        bound = inputs**-0.5
+        parts = len(thirds) or 1
+        start = torch.empty(parts * rank, inputs).uniform_(-bound, bound, generator=generator)
         lead = () if samples is None else (samples,)
-        device = base.weight.device
-        self.lora_a = nn.Parameter(start.expand(*lead, -1, -1).clone().to(device))
-        self.lora_b = nn.Parameter(torch.zeros(*lead, base.out_features, rank, device=device))
+        outputs = outputs // 3 * parts if thirds else outputs
+        self.lora_a = nn.Parameter(start.expand(*lead, -1, -1).clone().to(weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(*lead, outputs, rank, device=weight.device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in the dtype of x."""
-        bias = None if self.base.bias is None else self.base.bias.detach()
-        return ops.lora_linear(x, self.base.weight.detach(), bias, self.lora_a, self.lora_b, self.scaling)
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole layer, [..., R, K] and [..., N, R]; B of several thirds is block diagonal, R = n r."""
+        return self.lora_a, whole_lora_b(self.lora_b, self.thirds)
+
+    def forward(
+        self,
+        x: Tensor,
+        row_offsets: Tensor | None = None,
+        base_forward: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """[..., K] -> [..., N] in the dtype of x.
+
+        Args:
+            row_offsets: of packed rows x [T, K], as for `ops.lora_linear`.
+            base_forward: for a base that is no plain nn.Linear (quantised, wrapped): x W^T + bias. The update is added
+                in plain PyTorch.
+        """
+        lora_a, lora_b = self.matrices()
+        if base_forward is not None:
+            return base_forward(x) + self.scaling * reference.update(x, lora_a, lora_b, row_offsets)
+        weight, bias = self.base.get_parameter("weight").detach(), self.base._parameters.get("bias")
+        detached = None if bias is None else bias.detach()
+        return ops.lora_linear(x, weight, detached, lora_a, lora_b, self.scaling, row_offsets=row_offsets)
+
+
+def whole_lora_b(lora_b: Tensor, thirds: tuple[int, ...]) -> Tensor:
+    """[..., n N / 3, r] of the thirds of a fused layer -> [..., N, n r]: each in its rows and columns, else zero."""
+    if not thirds:
+        return lora_b
+    rank = lora_b.shape[-1]
+    length = lora_b.shape[-2] // len(thirds)
+    placed = [
+        F.pad(part, (i * rank, (len(thirds) - 1 - i) * rank, third * length, (2 - third) * length))
+        for i, (third, part) in enumerate(zip(thirds, lora_b.split(length, -2), strict=True))
+    ]
+    return torch.stack(placed).sum(0) if len(placed) > 1 else placed[0]

@@ -36,7 +36,7 @@ class Waits(TorchDispatchMode):
 
 def waits(tuner, batch, **options) -> dict[str, int]:
     subject = tuner._subject
-    prompt = step.Prompt(batch, torch.ones(5, 1, dtype=torch.bool))
+    prompt = step.Prompt(batch, torch.ones(5, 1, dtype=torch.bool), (1,) * 5)
     state = tuner._new_state(subject, 5)
     capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
     with capturing, graph.without_checks(), Waits() as mode:

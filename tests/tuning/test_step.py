@@ -121,7 +121,7 @@ def test_no_spectrum_outlives_a_step_that_raises(model, batch):
         with pytest.raises(MemoryError):
             tuner.tune(**batch)
         state = tuner._state(tuner._subject, 5)
-        assert (state._keeps_spectrum, state._spectrum) == (False, None)
+        assert (state._keeps_spectra, state._spectra) == (False, None)
 
 
 def test_heads_that_do_more_than_a_product_are_not_bypassed(batch):
@@ -163,7 +163,7 @@ def test_an_objective_is_computed_on_the_batch_alone(model, batch):
 
 def test_parameters_alias_one_storage_and_a_step_is_that_of_separate_tensors(model):
     tower = find_vision_tower(model, 2, ("q_proj", "v_proj"), None)
-    state = EpisodeState(TuningConfig(), tower.linears, tower.normalisation(torch.device("cpu")), 3)
+    state = EpisodeState(TuningConfig(), tower.targets, tower.normalisation(torch.device("cpu")), 3)
     storage = state.values.untyped_storage().data_ptr()
     assert {p.untyped_storage().data_ptr() for _, p in state.trained()} == {storage}
     assert all(p.is_leaf and p.is_contiguous() for _, p in state.trained())

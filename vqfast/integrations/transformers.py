@@ -11,19 +11,38 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 TOWER_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder")
 BLOCK_LIST_NAMES = ("layers", "layer", "blocks")
+FUSED_NAMES = ("qkv", "query_key_value")  # one layer whose output is query, key and value, one after another
+THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# Normalisation of the encoders that were published with one, by vision configuration `model_type`.
-KNOWN_NORMALISATION = {
-    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 Normalisation = tuple[Sequence[float], Sequence[float]]
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+# By `model_type` of the vision configuration, where the published models and transformers' own defaults agree.
+KNOWN_NORMALISATION: dict[str, Normalisation] = {
+    "clip_vision_model": _CLIP,
+    "idefics_vision": _CLIP,
+    "idefics2_vision": _HALF,
+    "idefics3_vision": _HALF,
+    "pixtral": _CLIP,
+    "qwen2_5_vl_vision": _CLIP,
+    "qwen2_vl_vision": _CLIP,
+    "siglip_vision_model": _HALF,
+    "smolvlm_vision": _HALF,
+}
+
+
+class LoRATarget(NamedTuple):
+    """A layer that takes LoRA."""
+
+    layer: nn.Module  # with in_features, out_features and a weight
+    thirds: tuple[int, ...] = ()  # of a fused layer's output: those that take an adapter each
 
 
 @dataclass(frozen=True)
@@ -32,10 +51,12 @@ class VisionTower:
 
     path: str
     module: nn.Module
-    linears: dict[str, nn.Linear]  # path in the model -> layer that takes LoRA
+    targets: dict[str, LoRATarget]  # by path in the model
     blocks: tuple[nn.Module, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    arguments: tuple[str, ...]  # names of what its forward takes, pixels first
+    pixel_argument: str  # name of the pixels among the model's own inputs
 
     def normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """mean and std, [C]."""
@@ -43,23 +64,69 @@ class VisionTower:
 
 
 @dataclass(frozen=True)
+class _Registered:
+    tower: str
+    blocks: str | None
+    pixel_argument: str
+    normalisation: Normalisation | None
+
+
+_registered: dict[str, _Registered] = {}
+
+
+def register_vision_tower(
+    model_class: type[nn.Module] | str,
+    *,
+    tower: str,
+    blocks: str | None = None,
+    pixel_argument: str = "pixel_values",
+    normalisation: Normalisation | None = None,
+) -> None:
+    """Say where the vision tower of a model class is, for models that are not in transformers. A later call replaces.
+
+    The model's forward takes `input_ids` and pixels and returns an output with `logits`; the tower's first argument is
+    pixels, images sample by sample: [N, C, H, W].
+
+    Args:
+        model_class: the class, or its name where it is remote code. Subclasses are found, too.
+        tower: path of the tower in the model, as "model.vision".
+        blocks: path in the tower of the ModuleList of its blocks; None: the longest that is named layers, layer or
+            blocks. Layers are targeted in it by name (`TuningConfig.lora_targets`); q_proj, k_proj and v_proj are also
+            found in a layer named qkv or query_key_value whose output holds them one after another.
+        pixel_argument: name of the pixels among the model's inputs.
+        normalisation: (mean, std) of its pixels, per channel; None: from the processor file beside the model.
+    """
+    name = model_class if isinstance(model_class, str) else model_class.__name__
+    _registered[name] = _Registered(tower, blocks, pixel_argument, normalisation)
+
+
+@dataclass(frozen=True)
 class Shortcuts:
     """Parts of a model whose work an answer does not need, or that has a faster equal."""
 
     head: nn.Linear | None  # logits are this layer's output and nothing else; None where that is not known
-    patch_embedding: nn.Conv2d | None  # patches do not overlap: a matrix product
+    patch_embedding: nn.Conv2d | nn.Conv3d | None  # patches do not overlap: a matrix product
     unused_blocks: tuple[nn.Module, ...]  # vision blocks behind the features that the language model sees
     decoder_layers: tuple[nn.Module, ...]  # of the language model
     last_rows: tuple[nn.Module, ...]  # in the last of them: only the answer positions' rows are used
+    text_tower: nn.Module | None = None  # of a contrastive model: does not see the image
 
 
 def find_shortcuts(model: nn.Module, tower: VisionTower) -> Shortcuts:
     """What `lean` (vqfast.tuning.patch) can leave out of a forward. What is not recognised is left as it is."""
     head = _plain_head(model)
-    convolutions = [m for m in tower.module.modules() if isinstance(m, nn.Conv2d)]
+    convolutions = [m for m in tower.module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
     patches = convolutions[0] if len(convolutions) == 1 and _is_patch_embedding(convolutions[0]) else None
-    layers = () if getattr(model.config, "is_encoder_decoder", False) else _decoder_layers(model, tower)
-    return Shortcuts(head, patches, _unused_blocks(model, tower), layers, _last_rows(layers) if head else ())
+    config = getattr(model, "config", None)
+    layers = () if getattr(config, "is_encoder_decoder", False) else _decoder_layers(model, tower)
+    last_rows = _last_rows(layers) if head else ()
+    text = getattr(model, "text_model", None) if is_contrastive(model) else None
+    return Shortcuts(head, patches, _unused_blocks(model, tower), layers, last_rows, text)
+
+
+def is_contrastive(model: nn.Module) -> bool:
+    """It compares images with texts (CLIP, SigLIP) and writes no answer."""
+    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
@@ -74,10 +141,10 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
     return head
 
 
-def _is_patch_embedding(conv: nn.Conv2d) -> bool:
-    plain = type(conv).forward is nn.Conv2d.forward and "forward" not in vars(conv)
-    apart = conv.stride == conv.kernel_size and conv.padding in ((0, 0), "valid")
-    return plain and apart and conv.dilation == (1, 1) and conv.groups == 1
+def _is_patch_embedding(conv: nn.Conv2d | nn.Conv3d) -> bool:
+    plain = type(conv).forward in (nn.Conv2d.forward, nn.Conv3d.forward) and "forward" not in vars(conv)
+    apart = conv.stride == conv.kernel_size and (conv.padding == "valid" or not any(conv.padding))
+    return plain and apart and set(conv.dilation) == {1} and conv.groups == 1
 
 
 def _unused_blocks(model: nn.Module, tower: VisionTower) -> tuple[nn.Module, ...]:
@@ -117,76 +184,113 @@ def _last_rows(decoder_layers: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
 
 
 def is_plain_linear(module: object) -> bool:
-    """An nn.Linear with a forward and floating-point weight of nn.Linear: not quantised, hooked or wrapped."""
+    """An nn.Linear with a forward and a floating-point weight of nn.Linear: not quantised, hooked or wrapped."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
-    return "forward" not in vars(module) and module.weight.is_floating_point()
+    weight = module.weight
+    return "forward" not in vars(module) and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
 def find_vision_tower(
-    model: nn.Module, blocks: int, targets: Sequence[str], normalisation: Normalisation | None
+    model: nn.Module, blocks: int, targets: Sequence[str], normalisation: Normalisation | Any | None
 ) -> VisionTower:
     """The tower of `model`, with the layers named in `targets` of its first `blocks` blocks.
 
     Raises:
         ValueError: no tower, no layer matched, or the normalisation of its pixels is not known.
     """
+    known = next((_registered[c.__name__] for c in type(model).__mro__ if c.__name__ in _registered), None)
+    path, tower = _registered_tower(model, known) if known else _recognised_tower(model)
+    list_path, block_list = _blocks(path, tower, known.blocks if known else None)
+    if blocks and not block_list:
+        raise ValueError(
+            f"no blocks in the vision tower {path!r}: looked for a ModuleList named {', '.join(BLOCK_LIST_NAMES)}. "
+            "Say where they are: vqfast.register_vision_tower(..., blocks=...)"
+        )
+    chosen = _targets(list_path, block_list, blocks, targets) if blocks else {}
+    given = normalisation or (known.normalisation if known else None) or _find_normalisation(model)
+    mean, std = _checked_normalisation(given)
+    arguments = tuple(inspect.signature(type(tower).forward).parameters)[1:]
+    pixel_argument = known.pixel_argument if known else "pixel_values"
+    return VisionTower(path, tower, chosen, tuple(block_list), mean, std, arguments, pixel_argument)
+
+
+def _recognised_tower(model: nn.Module) -> tuple[str, nn.Module]:
     found = [(path, m) for path, m in model.named_modules() if path.rpartition(".")[2] in TOWER_NAMES]
     if not found:
         children = ", ".join(f"{name} ({type(m).__name__})" for name, m in model.named_children()) or "no submodules"
         raise ValueError(
             f"{type(model).__name__} has no recognisable vision tower: looked for a submodule named "
-            f"{', '.join(TOWER_NAMES)}; it has {children}. Pass a vision-language model from transformers"
+            f"{', '.join(TOWER_NAMES)}; it has {children}. Pass a vision-language model from transformers, or say "
+            f"where the tower is: vqfast.register_vision_tower({type(model).__name__!r}, tower=...)"
         )
-    path, tower = min(found, key=lambda item: item[0].count("."))
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def _registered_tower(model: nn.Module, known: _Registered) -> tuple[str, nn.Module]:
+    modules = dict(model.named_modules())
+    if known.tower not in modules:
+        raise ValueError(
+            f"{type(model).__name__} is registered with its vision tower at {known.tower!r}, but has no such submodule"
+        )
+    return known.tower, modules[known.tower]
+
+
+def _blocks(path: str, tower: nn.Module, registered: str | None) -> tuple[str, nn.ModuleList]:
     lists = [
         (f"{path}.{sub_path}", m)
         for sub_path, m in tower.named_modules()
-        if isinstance(m, nn.ModuleList) and sub_path.rpartition(".")[2] in BLOCK_LIST_NAMES and len(m)
+        if isinstance(m, nn.ModuleList)
+        and len(m)
+        and (sub_path.rpartition(".")[2] in BLOCK_LIST_NAMES if registered is None else sub_path == registered)
     ]
-    list_path, block_list = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
-    if blocks and not block_list:
-        raise ValueError(
-            f"no blocks in the vision tower {path!r}: looked for a ModuleList named {', '.join(BLOCK_LIST_NAMES)}"
-        )
-    linears = _target_linears(list_path, block_list, blocks, targets) if blocks else {}
-    mean, std = _checked_normalisation(normalisation or _find_normalisation(model))
-    return VisionTower(path, tower, linears, tuple(block_list), mean, std)
+    return max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
 
 
-def _target_linears(
-    list_path: str, block_list: nn.ModuleList, blocks: int, targets: Sequence[str]
-) -> dict[str, nn.Linear]:
+def _targets(list_path: str, block_list: nn.ModuleList, blocks: int, targets: Sequence[str]) -> dict[str, LoRATarget]:
     if blocks > len(block_list):
         raise ValueError(f"lora_blocks = {blocks}, but the vision tower has {len(block_list)} blocks")
-    named = {
-        f"{list_path}.{i}.{path}": m
-        for i, block in enumerate(list(block_list)[:blocks])
-        for path, m in block.named_modules()
-        if path.rpartition(".")[2] in targets
-    }
-    missing = [target for target in targets if not any(path.endswith(f".{target}") for path in named)]
+    found: dict[str, LoRATarget] = {}
+    missing = set(targets)
+    for i, block in enumerate(list(block_list)[:blocks]):
+        for path, m in block.named_modules():
+            name = path.rpartition(".")[2]
+            if not _takes_lora(m):
+                continue
+            if name in targets:
+                found[f"{list_path}.{i}.{path}"] = LoRATarget(m)
+                missing.discard(name)
+            elif name in FUSED_NAMES and m.out_features % 3 == 0:
+                thirds = tuple(THIRDS[target] for target in THIRDS if target in targets)
+                if thirds:
+                    found[f"{list_path}.{i}.{path}"] = LoRATarget(m, thirds)
+                    missing -= THIRDS.keys()
     if missing:
-        there = sorted({p.rpartition(".")[2] for p, m in block_list[0].named_modules() if isinstance(m, nn.Linear)})
+        there = sorted({p.rpartition(".")[2] for p, m in block_list[0].named_modules() if _takes_lora(m)})
         raise ValueError(
-            f"lora_targets {missing} match no linear layer in the vision blocks {list_path}; "
-            f"their linear layers are named {there}"
+            f"lora_targets {[t for t in targets if t in missing]} match no linear layer in the vision blocks "
+            f"{list_path}; their linear layers are named {there}"
         )
-    for path, m in named.items():
-        if not is_plain_linear(m):
-            raise ValueError(
-                f"{path} is a {type(m).__name__} with a forward or a weight of its own (quantised, hooked or wrapped); "
-                "LoRA goes on plain nn.Linear layers with floating-point weights. Leave it out of lora_targets"
-            )
-    return named
+    return found
 
 
-def _checked_normalisation(normalisation: Normalisation) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _takes_lora(module: nn.Module) -> bool:
+    """A linear layer, quantised or wrapped by another library as it may be."""
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+
+
+def _checked_normalisation(normalisation: Normalisation | Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    processor = getattr(normalisation, "image_processor", normalisation)
+    if hasattr(processor, "image_mean") and hasattr(processor, "image_std"):
+        normalisation = processor.image_mean, processor.image_std
     try:
         mean, std = (tuple(float(value) for value in values) for values in normalisation)
     except TypeError as error:
         raise ValueError(
-            f"normalisation must be (mean, std), a number per channel each; got {normalisation}"
+            f"normalisation must be the model's processor or (mean, std), a number per channel each; "
+            f"got {normalisation}"
         ) from error
     if len(mean) != len(std) or not all(value > 0 for value in std):
         raise ValueError(f"normalisation must be (mean, std), as many of each, std above 0; got {normalisation}")
@@ -208,6 +312,5 @@ def _find_normalisation(model: nn.Module) -> Normalisation:
         return KNOWN_NORMALISATION[kind]
     raise ValueError(
         f"the pixel normalisation of {type(model).__name__} is not known: no {' or '.join(PROCESSOR_FILES)} beside it "
-        f"and no published one for vision encoder {kind!r}. "
-        "Pass normalisation=(processor.image_processor.image_mean, processor.image_processor.image_std)"
+        f"and no published one for vision encoder {kind!r}. Pass normalisation=processor, or (mean, std) per channel"
     )

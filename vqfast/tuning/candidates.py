@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqfast import ops
+from vqfast.integrations.layouts import Layout, stacked
 from vqfast.nn import MIX_RANGE, SIGMA_MIN, START_SIGMA, gaussian_taps
 from vqfast.tuning.objective import over_positions
 
@@ -50,47 +51,62 @@ VOTE_POWER = 4  # 8 does as well on validation; 1 lets weak candidates outvote a
 
 
 class Candidates(NamedTuple):
-    """Images of P presets for B samples, preset by preset, with the tone each one needed."""
+    """Images behind presets, with the tone each sample needed."""
 
-    pixels: Tensor  # [P * B, C, H, W], normalised
-    gain: Tensor  # [P * B]
-    bias: Tensor  # [P * B]
+    pixels: Tensor  # laid out as they were, normalised
+    gain: Tensor  # [S]
+    bias: Tensor  # [S]
 
 
 def render(presets: Sequence[Preset], pixels: Tensor, taps: int, mean: Tensor, std: Tensor) -> Candidates:
-    """Apply every preset to every image.
+    """`apply_presets` of every preset to every image of [B, C, H, W], preset by preset: [P B, C, H, W]."""
+    repeated = pixels.repeat(len(presets), 1, 1, 1)
+    each = [preset for preset in presets for _ in pixels]
+    return apply_presets(each, stacked(repeated, (1,) * len(each)), repeated, taps, mean, std)
+
+
+def apply_presets(
+    presets: Sequence[Preset], layout: Layout, pixels: Tensor, taps: int, mean: Tensor, std: Tensor
+) -> Candidates:
+    """Apply a preset to the images of each sample.
 
     Args:
-        pixels: [B, C, H, W], normalised by mean and std [C].
+        presets: of each of S samples.
+        layout: of the pixels, normalised by mean and std [C].
         taps: length of the Gaussian taps.
     """
-    batch, count = pixels.shape[0], len(presets)
-    each = torch.arange(count, device=pixels.device).repeat_interleave(batch)
     table = torch.tensor([(p.sigma, p.mix) for p in presets], device=pixels.device)
-    sigma, mix = table[each].unbind(-1)
-    row = gaussian_taps(sigma.log(), taps)[:, None]
-    mean, std = mean[:, None, None], std[:, None, None]
-    raw = pixels.float() * std + mean
-    filtered = ops.lowrank_filter2d(raw.repeat(count, 1, 1, 1), row, row, mix)
-    gain, bias = torch.ones(count, batch, device=raw.device), torch.zeros(count, batch, device=raw.device)
-    if stretched := [i for i, preset in enumerate(presets) if preset.stretch]:
-        tones = _stretch(filtered.unflatten(0, (count, batch))[stretched].flatten(0, 1))
-        gain[stretched], bias[stretched] = (tone.view(-1, batch) for tone in tones)
-    gain, bias = gain.flatten(), bias.flatten()
-    toned = gain[:, None, None, None] * filtered + bias[:, None, None, None]
-    images = ((toned - mean) / std).to(pixels.dtype)
-    for i, preset in enumerate(presets):
-        if preset.mix == 0 and not preset.stretch:  # bit for bit, not through a round of the normalisation
-            images[i * batch : (i + 1) * batch] = pixels
-    return Candidates(images, gain, bias)
+    rows = gaussian_taps(table[:, 0].log(), taps)[:, None]
+    channels = mean[:, None, None], std[:, None, None]
+    filtered: list[Tensor] = []
+    for samples, images in layout.groups:
+        by_channel = images.unflatten(1, (-1, len(mean))).float()
+        raw = (by_channel * channels[1] + channels[0]).flatten(1, 2)
+        filtered.append(ops.lowrank_filter2d(raw, rows[samples], rows[samples], table[samples, 1]))
+    gain, bias = torch.ones(len(presets), device=pixels.device), torch.zeros(len(presets), device=pixels.device)
+    stretched = [i for i, preset in enumerate(presets) if preset.stretch]
+    if stretched and len(layout.groups) == 1:
+        gain[stretched], bias[stretched] = _stretch(filtered[0][stretched].flatten(1))
+    elif stretched:
+        for i in stretched:
+            own = [f.flatten() for (samples, _), f in zip(layout.groups, filtered, strict=True) if samples.start == i]
+            gain[i], bias[i] = (tone[0] for tone in _stretch(torch.cat(own)[None]))
+    result = []
+    for (samples, images), raw in zip(layout.groups, filtered, strict=True):
+        toned = gain[samples, None, None, None] * raw + bias[samples, None, None, None]
+        normalised = (toned.unflatten(1, (-1, len(mean))) - channels[0]) / channels[1]
+        result.append(normalised.flatten(1, 2).to(images.dtype))
+        for i, preset in enumerate(presets[samples]):
+            if preset.mix == 0 and not preset.stretch:  # bit for bit, not through a round of the normalisation
+                result[-1][i] = images[i]
+    return Candidates(layout.restore(result), gain, bias)
 
 
-def _stretch(images: Tensor) -> tuple[Tensor, Tensor]:
-    """gain and bias, [N], that send the quantiles of each image to 0 and 1; 1 and 0 for a flat image.
+def _stretch(values: Tensor) -> tuple[Tensor, Tensor]:
+    """gain and bias, [N], that send the quantiles of each row of [N, pixels] to 0 and 1; 1 and 0 for a flat one.
 
     Quantiles as torch.quantile's, from the few values beyond them: it sorts all, which takes ten times as long.
     """
-    values = images.flatten(1)
     values = values[:, :: -(-values.shape[1] // QUANTILE_SAMPLES)]
     place = RANGE_TAIL * (values.shape[1] - 1)
     beyond = min(int(place) + 2, values.shape[1])

@@ -17,7 +17,7 @@ from vqfast import backends
 from vqfast.tuning.inputs import check_values, value_checks
 from vqfast.tuning.result import Report, report
 from vqfast.tuning.state import EpisodeState
-from vqfast.tuning.step import Outcome, Prompt, Subject, run
+from vqfast.tuning.step import PIXELS, Outcome, Prompt, Subject, run
 
 CAPACITY = 8  # graphs; one keeps the activations of a step
 SEEN = 3  # inputs of a shape before it is captured unasked: a capture costs several steps
@@ -112,7 +112,8 @@ class StepGraphs:
             recorded.prompt.valid.copy_(prompt.valid)
             return recorded
         static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in prompt.inputs.items()}
-        recorded = Recorded(Prompt(static, prompt.valid.clone()), make_state(), Placement(subject.model))
+        static_prompt = prompt._replace(inputs=static, valid=prompt.valid.clone())
+        recorded = Recorded(static_prompt, make_state(), Placement(subject.model))
         self._recorded[key := _key(prompt.inputs, positions, keep_cache)] = recorded
         self._recorded.move_to_end(key)
         while len(self) > self.capacity:
@@ -140,7 +141,7 @@ class StepGraphs:
 
         def image_tokens() -> Tensor:  # [B], or [1] where there are none to count
             if subject.image_token is None or not subject.answers:
-                return torch.zeros(1, device=inputs["pixel_values"].device)
+                return torch.zeros(1, device=inputs[PIXELS].device)
             return (inputs["input_ids"] == subject.image_token).sum(1)  # type: ignore[no-any-return]
 
         counted = image_tokens()
@@ -149,7 +150,7 @@ class StepGraphs:
             recorded.outcome = outcome = run(subject, state, recorded.prompt, lambda _: None, keep_cache=keep_cache)
             recorded.report = report(outcome.start, outcome, state)
             same = (image_tokens() == counted).all().float()
-            recorded.checks = torch.cat([value_checks(inputs), same[None]])
+            recorded.checks = torch.cat([value_checks(subject, inputs), same[None]])
 
         recorded.replay, self._pool, reserved = capture(body, self._pool)
         self.reserved_bytes += reserved

@@ -9,61 +9,135 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqfast.tuning.step import Subject
+from vqfast.tuning.step import PIXELS, Subject
 
-REFUSED = ("past_key_values", "labels", "inputs_embeds", "vision_feature_layer")
+GRID = "image_grid_thw"
+REFUSED = ("past_key_values", "labels", "inputs_embeds", "vision_feature_layer", "pixel_values_videos")
 PIXEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def checked(subject: Subject, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs as tensors that gradients can be taken through.
+def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The inputs as tensors that gradients can be taken through, pixels named `pixel_values`, and images per sample.
 
     Raises:
         TypeError, ValueError: what is wrong with their kinds, shapes or devices. Values are left to `check_values`.
     """
-    prompt = (("input_ids", 2, "[B, L]"),) if subject.answers else ()
-    for name, dims, shape in (*prompt, ("pixel_values", 4, "[B, C, H, W]")):
-        value = inputs.get(name)
+    name = subject.tower.pixel_argument
+    shapes = ((name, "[B, C, H, W], or as the model's processor lays tiles and patches out"),)
+    for argument, shape in (("input_ids", "[B, L]"), *shapes) if subject.answers else shapes:
+        value = inputs.get(argument)
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"tune needs {name} as a tensor {shape}; got {type(value).__name__}. "
+                f"tune needs {argument} as a tensor {shape}; got {type(value).__name__}. "
                 "Pass the processor's output: tuner.tune(**processor(images=..., text=..., return_tensors='pt'))"
             )
-        if value.dim() != dims:
-            raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
-        if name == "input_ids" and value.dtype not in (torch.int64, torch.int32):
+        if argument == "input_ids" and value.dim() != 2:
+            raise ValueError(f"{argument} must be {shape}; got {list(value.shape)}")
+        if argument == "input_ids" and value.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids must be token ids, int64 or int32; got {value.dtype}")
-    pixels = inputs["pixel_values"]
-    ids = inputs["input_ids"] if subject.answers else pixels
-    if ids.shape[0] != pixels.shape[0] or ids.numel() == 0:
-        raise ValueError(
-            "input_ids and pixel_values must have one row per sample (one image each) and at least one sample; "
-            f"got {list(ids.shape)} and {list(pixels.shape)}"
-        )
-    for name, value in inputs.items():
+    inputs = {PIXELS if n == name else n: value for n, value in inputs.items()}
+    if refused := [n for n in REFUSED if inputs.get(n) is not None]:
+        raise ValueError(f"tune takes no {refused[0]}: pass the processor's output for images and text alone")
+    for argument, value in inputs.items():
         if isinstance(value, Tensor) and value.device != subject.device:
-            raise ValueError(f"{name} is on {value.device}, the model on {subject.device}; move one of them")
+            raise ValueError(f"{argument} is on {value.device}, the model on {subject.device}; move one of them")
+    _check_pixels(subject, name, inputs)
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
+    plain = {n: _plain(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    return plain, _images_per_sample(subject, plain)
+
+
+def _check_pixels(subject: Subject, name: str, inputs: dict[str, Any]) -> None:
+    pixels, channels = inputs[PIXELS], len(subject.tower.mean)
     if pixels.dtype not in PIXEL_DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in PIXEL_DTYPES)
-        raise TypeError(f"pixel_values must be floating point, {accepted}; got {pixels.dtype}. Convert them: .float()")
-    if pixels.shape[1] != (channels := len(subject.tower.mean)):
-        raise ValueError(f"pixel_values must have {channels} channels, as the normalisation; got {pixels.shape[1]}")
-    if refused := [name for name in REFUSED if inputs.get(name) is not None]:
-        raise ValueError(f"tune takes no {refused[0]}: pass the processor's output alone")
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
-    return {n: _plain(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        raise TypeError(f"{name} must be floating point, {accepted}; got {pixels.dtype}. Convert them: .float()")
+    flattened = inputs.get(GRID) is not None
+    if pixels.dim() < 4 and not flattened:
+        raise ValueError(
+            f"{name} must be [B, C, H, W], tiles [B, T, C, H, W], or flattened patches with {GRID}; "
+            f"got {list(pixels.shape)}"
+        )
+    if flattened and (pixels.dim() != 2 or len(pixels) != int(inputs[GRID].prod(-1).sum())):
+        raise ValueError(
+            f"{name} must be [patches, values] with as many patches as {GRID} comes to; "
+            f"got {list(pixels.shape)} for {inputs[GRID].tolist()}"
+        )
+    if not flattened and pixels.shape[-3] != channels:
+        raise ValueError(f"{name} must have {channels} channels, as the normalisation; got {pixels.shape[-3]}")
+
+
+def _images_per_sample(subject: Subject, inputs: dict[str, Any]) -> tuple[int, ...]:
+    """How many images (tiles, views) of each sample the vision tower gets, to a common multiple."""
+    pixels: Tensor = inputs[PIXELS]
+    grid, sizes = inputs.get(GRID), inputs.get("image_sizes")
+    samples = len(inputs["input_ids"]) if subject.answers else len(pixels)
+    given = len(pixels if grid is None else grid)
+    if samples == 0 or given == 0:
+        raise ValueError(
+            f"input_ids and pixels must have at least one sample and one image; got {samples} samples, {given} images"
+        )
+    if pixels.dim() >= 5:
+        if given != samples:
+            raise ValueError(f"pixels [B, ...] must have a row per sample, {samples}; got {list(pixels.shape)}")
+        if pixels.dim() > 5:
+            return (1,) * samples  # all images of all samples go to the tower, padding too
+        if sizes is not None:
+            return _tiles(subject, sizes, samples)
+        return tuple((pixels != 0).flatten(2).any(-1).sum(-1).tolist())  # models drop tiles that are all zero
+    if given == samples:
+        return (1,) * samples
+    extent = grid if sizes is None else sizes
+    size = [1.0] * given if extent is None else extent.prod(-1).tolist()
+    return _by_tokens(subject, inputs["input_ids"], size)
+
+
+def _tiles(subject: Subject, sizes: Tensor, samples: int) -> tuple[int, ...]:
+    """Tiles of LLaVA-NeXT's and OneVision's images, from their sizes in pixels."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    config: Any = subject.model.config
+    if len(sizes) != samples:
+        raise ValueError(f"image_sizes must have a row per sample, {samples}; got {list(sizes.shape)}")
+    tile = config.vision_config.image_size
+    return tuple(image_size_to_num_patches(size, config.image_grid_pinpoints, tile) for size in sizes.tolist())
+
+
+def _by_tokens(subject: Subject, ids: Tensor, size: list[float]) -> tuple[int, ...]:
+    """Images go to samples in order; one of n times the size has n times the image tokens."""
+    tokens = [] if subject.image_token is None else (ids == subject.image_token).sum(-1).tolist()
+    if sum(tokens) == 0:
+        raise ValueError(
+            f"{len(ids)} samples, {len(size)} images, and no image tokens in the prompts that say whose they are; "
+            "pass one image per sample"
+        )
+    counts, image, per_token = [], 0, sum(size) / sum(tokens)
+    for wanted in tokens:
+        first, taken = image, 0.0
+        while image < len(size) and taken < wanted - 0.5:
+            taken += size[image] / per_token
+            image += 1
+        counts.append(image - first)
+        if abs(taken - wanted) > 0.5:
+            raise ValueError(
+                f"the prompts' image tokens {tokens} cannot be shared out among {len(size)} images: "
+                "pass the processor's output as it is"
+            )
+    if 0 in counts:
+        raise ValueError(f"sample {counts.index(0)} has no image; every sample is tuned on one at least")
+    return tuple(counts)
 
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach() if tensor.requires_grad else tensor
 
 
-def value_checks(inputs: dict[str, Any]) -> Tensor:
+def value_checks(subject: Subject, inputs: dict[str, Any]) -> Tensor:
     """What `check_values` wants to know of the inputs' values: [2], float32, on their device."""
-    total = inputs["pixel_values"].sum(dtype=torch.float32)  # not finite where one pixel is not
-    mask = inputs.get("attention_mask")
+    total = inputs[PIXELS].sum(dtype=torch.float32)  # not finite where one pixel is not
+    mask = inputs.get("attention_mask") if subject.answers else None
     ends = mask[:, -1].all().float() if isinstance(mask, Tensor) else torch.ones_like(total)
     return torch.stack([total, ends])
 

@@ -27,7 +27,7 @@ def bfloat16_forwards(subject: Subject, prompt: Prompt) -> tuple[dict[nn.Module,
     if not any(capabilities.get(name) for name in INSTRUCTIONS):
         return {}, f"this processor has none of {', '.join(INSTRUCTIONS)}"
     shortcuts = subject.shortcuts
-    kept = {*subject.tower.linears.values(), *shortcuts.last_rows, shortcuts.head}
+    kept = {*(target.layer for target in subject.tower.targets.values()), *shortcuts.last_rows, shortcuts.head}
     layers = [
         m
         for m in subject.model.modules()

@@ -7,6 +7,7 @@ in state_dict() changes, and taking the attribute away leaves the model as it wa
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqfast.integrations.transformers import Shortcuts, VisionTower
+from vqfast.integrations.layouts import Layout, layout_of
+from vqfast.integrations.transformers import Shortcuts, VisionTower, is_plain_linear
 from vqfast.nn import LoRALinear
 from vqfast.tuning.state import EpisodeState
 
@@ -51,43 +53,65 @@ def _to_the_end(restore: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def patched(tower: VisionTower, state: EpisodeState) -> Iterator[None]:
+def images_through(
+    tower: VisionTower, images: tuple[int, ...], function: Callable[[Layout, Tensor], Tensor]
+) -> Iterator[None]:
+    """Inside the block the tower's pixels go through `function`, which gets their layout and themselves.
+
+    Args:
+        images: of each sample.
+    """
+    first = tower.arguments[0]
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        arguments = dict(zip(tower.arguments, args, strict=False)) | kwargs
+        pixels: Tensor = arguments[first]
+        changed = function(layout_of(tower.module, pixels, arguments, images), pixels)
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, first: changed})
+
+    with tower.module.register_forward_pre_hook(hook, with_kwargs=True):
+        yield
+
+
+@contextlib.contextmanager
+def patched(tower: VisionTower, state: EpisodeState, images: tuple[int, ...]) -> Iterator[None]:
     """Inside the block the tower filters its pixels and its layers in `state.adapters` apply their LoRA.
 
-    A tower that is given V images per sample, sample by sample, takes a sample's parameters for all of them.
+    Args:
+        images: of each sample; the tower may be given a common multiple of them, sample by sample.
     """
-    samples = state.samples
+    layout: Layout
 
-    def filter_pixels(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        pixels: Tensor = args[0] if args else kwargs["pixel_values"]
-        if pixels.shape[0] % samples:
-            raise ValueError(
-                f"the vision tower got {pixels.shape[0]} images for {samples} tuned samples; "
-                "pass one image per sample, in the batch that was tuned"
-            )
-        filtered = state.filtered(pixels)
-        return ((filtered, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": filtered})
+    def filter_pixels(found: Layout, pixels: Tensor) -> Tensor:
+        nonlocal layout
+        layout = found
+        return state.filtered(found, pixels)
 
-    def by_sample(adapter: LoRALinear) -> Forward:
+    def by_sample(layer: nn.Module, adapter: LoRALinear) -> Forward:
+        original = None if is_plain_linear(layer) else layer.forward
+
         def forward(x: Tensor) -> Tensor:
-            if x.shape[0] % samples:
-                raise ValueError(
-                    f"the vision tower packs {samples} samples into {x.shape[0]} rows of patches, and LoRA cannot tell "
-                    "whose they are: tune one sample at a time"
-                )
-            if x.shape[0] == samples:
-                return adapter.forward(x)
-            rows = adapter.forward(x.reshape(samples, -1, x.shape[-1]))
-            return rows.view(*x.shape[:-1], -1)
+            offsets: Tensor | None = None
+            rows = x
+            if not layout.alike:
+                rows = x.reshape(-1, x.shape[-1])
+                offsets = layout.row_offsets(len(rows), x.device)
+            elif x.shape[0] != state.samples:
+                if layout.rows is None and x.shape[0] % state.samples:
+                    raise ValueError(
+                        f"the vision tower packs {state.samples} samples into {x.shape[0]} rows of patches, and LoRA "
+                        "cannot tell whose they are: tune one sample at a time"
+                    )
+                rows = x.reshape(state.samples, -1, x.shape[-1])
+            return adapter.forward(rows, offsets, original).view(*x.shape[:-1], -1)
 
         return forward
 
-    replacements: dict[nn.Module, Forward] = {
-        tower.linears[path]: by_sample(adapter) for path, adapter in state.adapters.items()
-    }
-    with tower.module.register_forward_pre_hook(filter_pixels, with_kwargs=True), replaced(replacements):
+    replacements: dict[nn.Module, Forward] = {}
+    for path, adapter in state.adapters.items():
+        layer = tower.targets[path].layer
+        replacements[layer] = by_sample(layer, adapter)
+    with images_through(tower, images, filter_pixels), replaced(replacements):
         yield
 
 
@@ -98,7 +122,7 @@ def lean(shortcuts: Shortcuts, positions: int, *, same_pixels: bool = False) -> 
     The patch embedding is a matrix product, vision blocks behind the selected features are skipped, and the last
     decoder layer's query, output projection and MLP run for those positions only. The same sums in another order:
     logits differ by rounding, and other positions' hidden states are not those of the model. With `same_pixels` the
-    patches are embedded once: every forward in the block must be given the same ones.
+    patches are embedded once. Every forward in the block must be given the same texts, and then the same pixels.
     """
     replacements: dict[nn.Module, Forward] = {}
     conv = shortcuts.patch_embedding
@@ -109,19 +133,26 @@ def lean(shortcuts: Shortcuts, positions: int, *, same_pixels: bool = False) -> 
         replacements[block] = _first_argument
     for module in shortcuts.last_rows if not any(map(is_hooked, shortcuts.last_rows)) else ():
         replacements[module] = _for_last_rows(module.forward, positions)
+    if shortcuts.text_tower is not None:
+        replacements[shortcuts.text_tower] = _once(shortcuts.text_tower.forward)
     with replaced(replacements):
         yield
 
 
-def _patch_product(conv: nn.Conv2d) -> Forward:
+def _patch_product(conv: nn.Conv2d | nn.Conv3d) -> Forward:
+    size, weight = conv.kernel_size, conv.weight
+    axes = len(size)
+
     def forward(image: Tensor) -> Tensor:
-        (height, width), weight = conv.kernel_size, conv.weight
-        rows, columns = image.shape[-2] // height, image.shape[-1] // width
-        image = image[..., : rows * height, : columns * width]
-        patches = image.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))  # [B, C, rows, h, columns, w]
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(image), rows * columns, -1)
+        counts = [length // step for length, step in zip(image.shape[-axes:], size, strict=True)]
+        for axis, (count, step) in enumerate(zip(counts, size, strict=True)):
+            image = image.narrow(2 + axis, 0, count * step)
+        parts = [n for pair in zip(counts, size, strict=True) for n in pair]  # [B, C, rows, h, columns, w]
+        order = (0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
+        patches = image.reshape(*image.shape[:2], *parts).permute(order).reshape(len(image), math.prod(counts), -1)
         embedded: Tensor = F.linear(patches, weight.flatten(1), conv.bias)  # [B, rows columns, N]
-        return embedded.transpose(1, 2).view(len(image), -1, rows, columns)
+        embedded = embedded.transpose(1, 2)
+        return embedded.view(*embedded.shape[:2], *counts)
 
     return forward
 
@@ -134,9 +165,9 @@ def is_hooked(module: nn.Module) -> bool:
 def _once(function: Forward) -> Forward:
     kept: list[Any] = []
 
-    def forward(image: Tensor) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         if not kept:
-            kept.append(function(image))
+            kept.append(function(*args, **kwargs))
         return kept[0]
 
     return forward
@@ -163,7 +194,7 @@ def _for_last_rows(original: Forward, positions: int) -> Forward:
 
 def compiled_blocks(tower: VisionTower, shortcuts: Shortcuts) -> dict[nn.Module, Forward]:
     """Forwards through torch.compile of the vision blocks and decoder layers that no other patch touches."""
-    touched = {*tower.linears.values(), *shortcuts.unused_blocks, *shortcuts.last_rows}
+    touched = {*(target.layer for target in tower.targets.values()), *shortcuts.unused_blocks, *shortcuts.last_rows}
     blocks = [b for b in (*tower.blocks, *shortcuts.decoder_layers) if touched.isdisjoint(b.modules())]
     return {block: torch.compile(block.forward, dynamic=False) for block in blocks}
 

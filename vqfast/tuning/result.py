@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqfast.nn import GaussianFilter, SpectralGain
+from vqfast.integrations.layouts import stacked
+from vqfast.nn import GaussianFilter, SpectralGain, whole_lora_b
 from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.state import EpisodeState
@@ -49,8 +50,10 @@ class TuningResult:
     logits: Tensor = field(repr=False)  # [B, V], float32: first-token logits of the answer that is kept
     parameters: dict[str, Tensor] = field(repr=False)  # [B, ...] each; what `applied` puts into the model
     config: TuningConfig = field(repr=False)
-    pixels: Tensor = field(repr=False)  # [B, C, H, W], the tensor that was given
+    pixels: Tensor = field(repr=False)  # the tensor that was given
+    images: tuple[int, ...] = field(repr=False)  # of each sample
     normalisation: tuple[Tensor, Tensor] = field(repr=False)  # mean and std of the pixels, [C]
+    thirds: dict[str, tuple[int, ...]] = field(repr=False)  # of fused layers, by path: those with an adapter
     telemetry: Telemetry | None = None  # of `TestTimeTuner.profile`
 
     def __len__(self) -> int:
@@ -75,8 +78,7 @@ class TuningResult:
 
         if self.config.filter is None:
             raise ValueError("this episode had no filter (filter=None), so there is no filtered image")
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample must be 0 to {len(self) - 1}; got {sample}")
+        self._check_sample(sample)
         raw = self._filtered()[sample]
         half_step = 0.5 / 255  # less than this outside is a rounding error of the normalisation
         clipped = ((raw < -half_step) | (raw > 1 + half_step)).float().mean().item()
@@ -89,7 +91,30 @@ class TuningResult:
         state = EpisodeState(self.config, {}, self.normalisation, len(self))
         state.load(self.parameters)
         mean, std = (values[:, None, None] for values in self.normalisation)
-        return state.filtered(self.pixels.float()) * std + mean
+        pixels = self.pixels.float()
+        return state.filtered(stacked(pixels, self.images), pixels) * std + mean
+
+    def adapters(self, sample: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """LoRA of one sample: path of a layer -> A [R, K] and B [N, R] of x W^T + (alpha / rank) (x A^T) B^T.
+
+        alpha and rank are those of the configuration. R is the rank, or n times the rank where a fused layer takes n
+        adapters.
+
+        Raises:
+            IndexError: no such sample.
+        """
+        self._check_sample(sample)
+        found = {}
+        for name, lora_a in self.parameters.items():
+            path, _, kind = name.rpartition(".")
+            if kind == "lora_a":
+                lora_b = whole_lora_b(self.parameters[f"{path}.lora_b"], self.thirds.get(path, ()))
+                found[path] = lora_a[sample], lora_b[sample]
+        return found
+
+    def _check_sample(self, sample: int) -> None:
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample must be 0 to {len(self) - 1}; got {sample}")
 
     def __str__(self) -> str:
         lines = [f"{'':>3} {'entropy: untuned, start, now':>30} {'confidence':>15} {'token':>11}  {'start':<18} filter"]

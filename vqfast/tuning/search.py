@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqfast.tuning.candidates import Preset, render, select
-from vqfast.tuning.patch import lean
+from vqfast.integrations.layouts import Layout
+from vqfast.tuning.candidates import Preset, apply_presets, select
+from vqfast.tuning.patch import images_through, lean
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Forward, Prompt, Subject, forward
 from vqfast.tuning.stream import Stream
@@ -63,21 +65,15 @@ class _Tried:
         self.normalisation = state.normalisation
         self.forwards: dict[int, Forward] = {}  # preset -> its forward, without a cache
         side = subject.config.search_resolution
-        self.side = None if side is None or side >= min(prompt.pixels.shape[-2:]) else side
+        self.side = None if side is None or (prompt.plain and side >= min(prompt.pixels.shape[-2:])) else side
         self.gain, self.bias = (torch.zeros(len(presets), prompt.samples, device=prompt.pixels.device) for _ in "gb")
 
     def evaluate(self, indices: Sequence[int]) -> None:
         prompt = self.prompt
-        at_once = max(1, IMAGES_AT_ONCE // prompt.samples)
+        at_once = max(1, IMAGES_AT_ONCE // sum(prompt.images))
         for first in range(0, len(indices), at_once):
             part = list(indices[first : first + at_once])
-            presets, taps = [self.presets[i] for i in part], self.subject.config.taps
-            images = render(presets, prompt.pixels, taps, *self.normalisation)
-            self.gain[part], self.bias[part] = (t.view(len(part), -1) for t in (images.gain, images.bias))
-            rows = torch.arange(prompt.samples, device=prompt.pixels.device).repeat(len(part))
-            wide = prompt.repeated(images.pixels, rows=rows)
-            with lean(self.subject.shortcuts, prompt.valid.shape[1]):
-                tried = self._forward(wide)
+            tried = self._forward(part)
             each = zip(tried.logits.split(prompt.samples), tried.entropy.split(prompt.samples), strict=True)
             for i, (logits, entropy) in zip(part, each, strict=True):
                 self.forwards[i] = Forward(logits, entropy, entropy)
@@ -87,33 +83,52 @@ class _Tried:
         indices = sorted(self.forwards)
         return indices, torch.stack([self.forwards[i].logits for i in indices])
 
-    def _forward(self, prompt: Prompt) -> Forward:
-        if self.side is None:
-            return forward(self.subject, prompt, entropy_alone=True)
-        with self.subject.tower.module.register_forward_pre_hook(_interpolated_positions, with_kwargs=True):
-            return forward(self.subject, smaller(self.subject, prompt, self.side), entropy_alone=True)
+    def _forward(self, indices: list[int]) -> Forward:
+        """Of every sample behind the first preset, then behind the second, and so on; keeps their tones."""
+        subject, wide = self.subject, self.prompt.times(len(indices))
+        presets = [self.presets[i] for i in indices for _ in range(self.prompt.samples)]
+
+        def behind(layout: Layout, pixels: Tensor) -> Tensor:
+            images = apply_presets(presets, layout, pixels, subject.config.taps, *self.normalisation)
+            self.gain[indices], self.bias[indices] = (t.view(len(indices), -1) for t in (images.gain, images.bias))
+            if self.side is None:
+                return images.pixels
+            size = self.side, self.side
+            return F.interpolate(images.pixels.float(), size=size, mode="bilinear", antialias=True).to(pixels.dtype)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lean(subject.shortcuts, wide.valid.shape[1]))
+            stack.enter_context(images_through(subject.tower, wide.images, behind))
+            if self.side is not None:
+                wide = fewer_tokens(subject, wide, self.side)
+                tower = subject.tower.module
+                stack.enter_context(tower.register_forward_pre_hook(_interpolated_positions, with_kwargs=True))
+            return forward(subject, wide, entropy_alone=True)
 
 
 def _interpolated_positions(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "interpolate_pos_encoding": True}
 
 
-def smaller(subject: Subject, prompt: Prompt, side: int) -> Prompt:
-    """The prompt with images of `side` x `side` pixels, and as many fewer image tokens.
+def fewer_tokens(subject: Subject, prompt: Prompt, side: int) -> Prompt:
+    """The prompt with as many fewer image tokens as images of `side` x `side` pixels have fewer patches.
 
     Raises:
         ValueError: the model's patches are not known or `side` is no multiple of them, or its prompt has not one token
-            per patch.
+            per patch of one image.
     """
-    conv = subject.shortcuts.patch_embedding
-    if conv is None or side % conv.kernel_size[0] or side % conv.kernel_size[1]:
-        patch = "which are not known here" if conv is None else f"of {conv.kernel_size[0]}x{conv.kernel_size[1]} pixels"
-        raise ValueError(f"search_resolution must be a multiple of the model's patches, {patch}; got {side}")
-    height, width = prompt.pixels.shape[-2:]
+    conv, pixels = subject.shortcuts.patch_embedding, prompt.pixels
+    if not isinstance(conv, nn.Conv2d) or side % conv.kernel_size[0] or side % conv.kernel_size[1]:
+        size = "which are not known here"
+        if isinstance(conv, nn.Conv2d):
+            size = f"of {conv.kernel_size[0]}x{conv.kernel_size[1]} pixels"
+        raise ValueError(f"search_resolution must be a multiple of the model's patches, {size}; got {side}")
+    if not prompt.plain:
+        raise ValueError("search_resolution needs one image [C, H, W] per sample; leave it None for this model")
+    height, width = pixels.shape[-2:]
     patch_area = conv.kernel_size[0] * conv.kernel_size[1]
     before, after = (height * width // patch_area, side * side // patch_area)
-    pixels = F.interpolate(prompt.pixels.float(), size=(side, side), mode="bilinear", antialias=True)
-    inputs = {**prompt.inputs, "pixel_values": pixels.to(prompt.pixels.dtype)}
+    inputs = dict(prompt.inputs)
     if subject.answers:
         ids = inputs["input_ids"]
         image = ids == subject.image_token
@@ -126,4 +141,4 @@ def smaller(subject: Subject, prompt: Prompt, side: int) -> Prompt:
         for name, value in prompt.inputs.items():
             if isinstance(value, Tensor) and value.shape == ids.shape:
                 inputs[name] = value[kept].view(len(ids), -1)
-    return Prompt(inputs, prompt.valid)
+    return prompt._replace(inputs=inputs)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqfast import ops
+from vqfast.integrations.layouts import Layout
+from vqfast.integrations.transformers import LoRATarget
 from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter, SpectralGain
 from vqfast.tuning.config import TuningConfig
 
@@ -29,29 +32,31 @@ class EpisodeState:
     so that a reset is one copy, and an optimiser step one launch per learning rate.
 
     Args:
-        linears: layers that take LoRA, by path.
+        targets: layers that take LoRA, by path.
         normalisation: mean and std of the pixels, [C] each.
         samples: B.
+        begin_from: values to begin with in place of the identity, by parameter, of one sample each.
 
     Attributes:
-        values: [P], every parameter. identity: [P], the values under which the model is its plain self.
+        values: [P], every parameter. identity: [P], the values of an untuned model.
         start: [P], what `reset` goes to.
     """
 
     def __init__(
         self,
         config: TuningConfig,
-        linears: dict[str, nn.Linear],
+        targets: dict[str, LoRATarget],
         normalisation: tuple[Tensor, Tensor],
         samples: int,
+        begin_from: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
         self.normalisation = normalisation
         device = normalisation[0].device
         self.filter: GaussianFilter | LowRankFilter | SpectralGain | None = None
-        self._keeps_spectrum = False
-        self._spectrum: tuple[Tensor, Tensor] | None = None  # the last pixels and theirs
+        self._keeps_spectra = False
+        self._spectra: tuple[Tensor, list[Tensor]] | None = None  # the last pixels, and their groups'
         if config.filter == "gaussian":
             self.filter = GaussianFilter(config.taps, samples=samples).to(device)
         elif config.filter == "lowrank":
@@ -63,29 +68,45 @@ class EpisodeState:
             self.filter.bias.requires_grad_(config.train_tone)
         generator = torch.Generator().manual_seed(LORA_SEED)
         self.adapters = {
-            path: LoRALinear(linear, config.lora_rank, config.lora_alpha, samples=samples, generator=generator)
-            for path, linear in linears.items()
+            path: LoRALinear(
+                target.layer,
+                config.lora_rank,
+                config.lora_alpha,
+                samples=samples,
+                thirds=target.thirds,
+                generator=generator,
+            )
+            for path, target in targets.items()
         }
-        self._lay_out(device)
+        self._lay_out(device, begin_from or {})
 
-    def filtered(self, pixels: Tensor) -> Tensor:
-        """Pixels [B V, C, H, W], normalised, behind their sample's filter: V images per sample, sample by sample."""
+    def filtered(self, layout: Layout, pixels: Tensor) -> Tensor:
+        """The pixels that are laid out so, normalised, behind their samples' filters."""
         if self.filter is None:
             return pixels
-        images, (mean, std) = pixels, self.normalisation
-        if pixels.shape[0] != self.samples:  # more images of a sample are more channels
-            images = pixels.reshape(self.samples, -1, *pixels.shape[-2:])
-            mean, std = (values.repeat(images.shape[1] // len(values)) for values in self.normalisation)
+        spectra: list[Any] = [None] * len(layout.groups)
         if isinstance(self.filter, SpectralGain):
-            kept = self._spectrum
-            spectrum = kept[1] if kept is not None and kept[0] is pixels else ops.dct2(images)
-            if self._keeps_spectrum:
-                self._spectrum = pixels, spectrum
-            return self.filter(images, spectrum, mean=mean, std=std).view_as(pixels)  # type: ignore[no-any-return]
-        return self.filter(images, mean, std).view_as(pixels)  # type: ignore[no-any-return]
+            kept = self._spectra
+            same = kept is not None and kept[0] is pixels
+            spectra = kept[1] if kept is not None and same else [ops.dct2(group.images) for group in layout.groups]
+            if self._keeps_spectra:
+                self._spectra = pixels, spectra
+        return layout.restore([self._behind(*group, s) for group, s in zip(layout.groups, spectra, strict=True)])
+
+    def _behind(self, samples: slice, images: Tensor, spectrum: Tensor | None) -> Tensor:
+        assert self.filter is not None
+        mean, std = self.normalisation
+        if (repeats := images.shape[1] // len(mean)) > 1:
+            mean, std = mean.repeat(repeats), std.repeat(repeats)
+        arguments = {"mean": mean, "std": std} | ({} if spectrum is None else {"spectrum": spectrum})
+        if len(images) == self.samples:
+            result: Tensor = self.filter(images, **arguments)
+            return result
+        own = {name: parameter[samples] for name, parameter in self.filter.named_parameters()}
+        return torch.func.functional_call(self.filter, own, (images,), arguments)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _lay_out(self, device: torch.device) -> None:
+    def _lay_out(self, device: torch.device, begin_from: Mapping[str, Tensor]) -> None:
         rates: dict[float, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self._modules_parameters():
             rates.setdefault(self._rate(name, parameter), []).append((name, parameter))
@@ -100,6 +121,9 @@ class EpisodeState:
         parameters = [p for _, p in self._all]
         for parameter, part in zip(parameters, _parts(self.values, parameters), strict=True):
             parameter.data = part.copy_(parameter)
+        for name, parameter in self._all:
+            if name in begin_from:
+                parameter.copy_(begin_from[name])
         self._gradients = _parts(self._gradient, parameters[: len(self._trained)])
         self._fresh = self._storage.clone()
         self.start = self._fresh[:total]
@@ -177,13 +201,13 @@ class EpisodeState:
         self._storage.copy_(self._fresh)
 
     @contextlib.contextmanager
-    def keeping_spectrum(self) -> Iterator[None]:
+    def keeping_spectra(self) -> Iterator[None]:
         """Inside the block a spectral filter transforms pixels that come again once; their values must not change."""
-        self._keeps_spectrum = True
+        self._keeps_spectra = True
         try:
             yield
         finally:
-            self._keeps_spectrum, self._spectrum = False, None
+            self._keeps_spectra, self._spectra = False, None
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:

@@ -12,11 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import ops
-from vqfast.integrations.transformers import Shortcuts, VisionTower
+from vqfast.integrations.transformers import Shortcuts, VisionTower, is_contrastive
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.objective import answer_entropy, marginal_entropy, over_positions, views_of
 from vqfast.tuning.patch import is_hooked, lean, patched, replaced
 from vqfast.tuning.state import EpisodeState
+
+PIXELS = "pixel_values"
+
+
+def is_plain(inputs: dict[str, Any], samples: int) -> bool:
+    """One image [C, H, W] per sample, of a size that nothing else in the inputs tells."""
+    told = any(inputs.get(name) is not None for name in ("image_sizes", "image_grid_thw", "pixel_attention_mask"))
+    return inputs[PIXELS].dim() == 4 and len(inputs[PIXELS]) == samples and not told
 
 
 @dataclass(frozen=True)
@@ -41,31 +49,53 @@ class Subject:
 
     @property
     def answers(self) -> bool:
-        """It takes a prompt and writes an answer; else it is a classifier of images."""
-        return "input_ids" in self.arguments
+        """It takes a prompt and writes an answer; else it is a classifier of images, by texts or by itself."""
+        return "input_ids" in self.arguments and not is_contrastive(self.model)
+
+    def call(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs under the model's own names."""
+        name = self.tower.pixel_argument
+        return inputs if name == PIXELS else {name if n == PIXELS else n: value for n, value in inputs.items()}
 
 
 class Prompt(NamedTuple):
-    """Model inputs that end on the answer positions."""
+    """Model inputs that end on the answer positions. The pixels are `pixel_values`, whatever the model calls them."""
 
     inputs: dict[str, Any]
     valid: Tensor  # [B, n], bool: positions of the answer that count
+    images: tuple[int, ...]  # of each sample
+    common: frozenset[str] = frozenset()  # names of inputs that all samples share: the texts of a contrastive model
 
     @property
     def pixels(self) -> Tensor:
-        return self.inputs["pixel_values"]  # type: ignore[no-any-return]
+        return self.inputs[PIXELS]  # type: ignore[no-any-return]
 
     @property
     def samples(self) -> int:
         return self.valid.shape[0]
 
+    @property
+    def plain(self) -> bool:
+        """One image [C, H, W] per sample."""
+        return is_plain(self.inputs, self.samples)
+
     def repeated(self, pixels: Tensor, *, rows: Tensor) -> Prompt:
         """The prompts in `rows` with images `pixels`, one each."""
-        inputs = {name: value[rows] if self.is_per_sample(value) else value for name, value in self.inputs.items()}
-        return Prompt({**inputs, "pixel_values": pixels}, self.valid[rows])
+        inputs = {name: value[rows] if self._is_per_sample(name) else value for name, value in self.inputs.items()}
+        return Prompt({**inputs, PIXELS: pixels}, self.valid[rows], (1,) * len(rows), self.common)
 
-    def is_per_sample(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.samples
+    def times(self, count: int) -> Prompt:
+        """The whole batch, `count` times over."""
+        inputs = dict(self.inputs)
+        for name, value in self.inputs.items():
+            if self._is_per_sample(name) or (isinstance(value, Tensor) and name.startswith(("pixel", "image"))):
+                inputs[name] = value.repeat(count, *(1,) * (value.dim() - 1))
+        return Prompt(inputs, self.valid.repeat(count, 1), self.images * count, self.common)
+
+    def _is_per_sample(self, name: str) -> bool:
+        value = self.inputs[name]
+        batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.samples
+        return batched and name not in self.common
 
 
 class Forward(NamedTuple):
@@ -85,30 +115,42 @@ class Outcome(NamedTuple):
     accepted: Tensor  # [B], bool: the answer is kept, else the start
 
 
-def prepare(subject: Subject, inputs: dict[str, Any]) -> Prompt:
+def prepare(subject: Subject, inputs: dict[str, Any], images: tuple[int, ...]) -> Prompt:
     """The inputs, followed by all but the last token of the untuned greedy answer where more than one counts."""
-    answer_tokens, samples = subject.config.answer_tokens, inputs["pixel_values"].shape[0]
-    valid = torch.ones(samples, 1, dtype=torch.bool, device=inputs["pixel_values"].device)
+    answer_tokens, samples = subject.config.answer_tokens, len(images)
+    valid = torch.ones(samples, 1, dtype=torch.bool, device=inputs[PIXELS].device)
+    common = frozenset() if subject.answers else frozenset(inputs) - {PIXELS}
     if answer_tokens == 1:
-        return Prompt(inputs, valid)
+        return Prompt(inputs, valid, images, common)
     model: Any = subject.model
     ids: Tensor = inputs["input_ids"]
     with torch.no_grad():
         greedy = dict(do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
-        generated = model.generate(**inputs, max_new_tokens=answer_tokens, **greedy)
+        generated = model.generate(**subject.call(inputs), max_new_tokens=answer_tokens, **greedy)
     answer = generated[:, ids.shape[1] :][:, : answer_tokens - 1]
     ends = model.generation_config.eos_token_id
     ends = torch.as_tensor([] if ends is None else ends, device=ids.device).view(-1)
     alive = torch.isin(answer, ends).cumsum(-1) == 0  # a position counts while the answer had not ended before it
-    tails = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
-    if "position_ids" in inputs:
-        tails["position_ids"] = inputs["position_ids"][:, -1:] + 1 + torch.arange(answer.shape[1], device=ids.device)
     longer = {
-        name: torch.cat([value, tails.get(name, torch.zeros_like(answer)).to(value)], 1)
+        name: torch.cat([value, _tail(subject, name, value, answer)], 1)
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and value.shape == ids.shape  # per-token inputs
+        if isinstance(value, Tensor) and value.shape[:2] == ids.shape and name != PIXELS  # per-token inputs
     }
-    return Prompt({**inputs, **longer}, torch.cat([valid, alive], 1))
+    return Prompt({**inputs, **longer}, torch.cat([valid, alive], 1), images)
+
+
+def _tail(subject: Subject, name: str, value: Tensor, answer: Tensor) -> Tensor:
+    """What a per-token input [B, L, ...] is at the answer's tokens [B, n]."""
+    new = answer.shape[1]
+    if name == "input_ids":
+        return answer.to(value.dtype)
+    if name == "position_ids":
+        return value[:, -1:] + 1 + torch.arange(new, device=value.device)
+    if value.dim() > 2:  # which images a token may look at: as the last one of the prompt
+        return value[:, -1:].expand(-1, new, *value.shape[2:])
+    # Token types are 0 for text that sees what is before it; PaliGemma calls that 1, and 0 what sees all of the prompt.
+    causal = name == "token_type_ids" and getattr(subject.model.config, "model_type", None) == "paligemma"
+    return torch.full_like(answer, int(causal or name == "attention_mask")).to(value.dtype)
 
 
 def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> Any:
@@ -120,8 +162,9 @@ def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> 
     if "logits_to_keep" in subject.arguments:
         options["logits_to_keep"] = positions
     with replaced(subject.forwards):
-        output = subject.model(**{**prompt.inputs, **options})
-    output.logits = output.logits[:, -positions:] if output.logits.dim() == 3 else output.logits[:, None]
+        output = subject.model(**{**subject.call(prompt.inputs), **options})
+    logits = output.logits_per_image if is_contrastive(subject.model) else output.logits
+    output.logits = logits[:, -positions:] if logits.dim() == 3 else logits[:, None]
     return output
 
 
@@ -148,6 +191,8 @@ def forward_for_gradient(subject: Subject, prompt: Prompt, *, keep_cache: bool =
     config, valid = subject.config, prompt.valid
     if config.objective == "marginal_entropy":
         count = config.views
+        if not prompt.plain:
+            raise ValueError("objective='marginal_entropy' crops one image [C, H, W] per sample; use 'answer_entropy'")
         images = views_of(prompt.pixels, count)
         rows = torch.arange(prompt.samples, device=images.device).repeat_interleave(count)
         output = run_model(subject, wide := prompt.repeated(images, rows=rows))
@@ -197,7 +242,7 @@ def run(
     start: Forward | None = None
     same_pixels = state.filter is None and config.objective != "marginal_entropy"
     lean_model = lean(subject.shortcuts, prompt.valid.shape[1], same_pixels=same_pixels)
-    with patched(subject.tower, state), lean_model, state.keeping_spectrum():
+    with patched(subject.tower, state, prompt.images), lean_model, state.keeping_spectra():
         for _ in range(config.steps):
             last = forward_for_gradient(subject, prompt, keep_cache=keep_cache and start is None, report=start is None)
             start = start or last

@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import backends
-from vqfast.integrations.transformers import Normalisation, find_shortcuts, find_vision_tower
+from vqfast.integrations.transformers import Normalisation, VisionTower, find_shortcuts, find_vision_tower
 from vqfast.tuning import graph, step
 from vqfast.tuning.candidates import IDENTITY, Preset
 from vqfast.tuning.config import TuningConfig
@@ -53,8 +53,11 @@ class TestTimeTuner:
     Args:
         model: a transformers vision-language model whose vision tower takes pixels [B, C, H, W], one image per sample.
         config: what is tuned and how far.
-        normalisation: (mean, std) per channel of the processor's pixels. By default read from the processor file beside
-            the model, or known from the kind of vision encoder.
+        normalisation: the model's processor, or (mean, std) per channel of its pixels. By default read from the
+            processor file beside the model, or known from the kind of vision encoder.
+        begin_from: values to tune from, by parameter as in `TuningResult.parameters` but of one sample, in place of the
+            identity: adapters of a checkpoint (vqfast.integrations.peft.load), or what an earlier result came to. The
+            untuned answer is then the one with them.
 
     Attributes:
         layers: paths of the linear layers that take LoRA.
@@ -71,13 +74,24 @@ class TestTimeTuner:
     __test__ = False  # not a test class, whatever pytest makes of its name
 
     def __init__(
-        self, model: nn.Module, config: TuningConfig | None = None, *, normalisation: Normalisation | None = None
+        self,
+        model: nn.Module,
+        config: TuningConfig | None = None,
+        *,
+        normalisation: Normalisation | Any | None = None,
+        begin_from: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config or TuningConfig()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if any(p.is_inference() for p in model.parameters()):
             raise ValueError("the model was made inside torch.inference_mode(): load it outside, so gradients can pass")
+        devices = {str(p.device) for p in model.parameters()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"the model is spread over {', '.join(sorted(devices))} (device_map); tuning takes a model on one "
+                'device: load it with device_map={"": device}, or smaller weights'
+            )
         tower = find_vision_tower(model, self.config.lora_blocks, self.config.lora_targets, normalisation)
         if any(p.dtype == torch.float64 for p in tower.module.parameters()):
             raise ValueError("the vision tower is float64; tuning takes float32, bfloat16 or float16: model.float()")
@@ -93,6 +107,7 @@ class TestTimeTuner:
                 f"answer_tokens must be 1 for {type(model).__name__}, which writes no answer; "
                 f"got {self.config.answer_tokens}"
             )
+        self._begin_from = _checked_values(self.config, tower, begin_from)
         self._lock = threading.Lock()
         self._owner: int | None = None  # thread that holds the lock
         self._uncapturable: str | None = None  # why a CUDA graph could not be made
@@ -100,7 +115,7 @@ class TestTimeTuner:
         self._states: dict[tuple[int, torch.device], EpisodeState] = {}  # of the last batch size and device
         self._listener: Callable[[str], None] | None = None  # to the ends of phases
         self._undecided = self.config.frozen_dtype is not None
-        self.layers = tuple(tower.linears)
+        self.layers = tuple(tower.targets)
         self.graphs = graph.StepGraphs()
         self.streams: OrderedDict[str, Stream] = OrderedDict()
         _tuners[tower.module] = weakref.ref(self)
@@ -291,7 +306,7 @@ class TestTimeTuner:
         if result.config != self.config or state.shapes() != shapes:
             raise ValueError("this result was tuned with another configuration or model; tune again with this one")
         state.load(result.parameters)
-        with patched(subject.tower, state), self._backend():
+        with patched(subject.tower, state, result.images), self._backend():
             yield
 
     def _episode(
@@ -302,19 +317,24 @@ class TestTimeTuner:
         if stream is not None and not pooled:
             raise ValueError(f"stream={stream!r} needs a tuner with search_scope='stream'")
         with torch.inference_mode(False), torch.enable_grad(), self._backend():
-            inputs = checked(subject, inputs)
+            inputs, images = checked(subject, inputs)
             if (replayed := self._replayed(subject, inputs, keep_cache)) is not None:
                 return replayed
             with frozen(subject.model):
-                return self._run(subject, inputs, self.stream(stream or "") if pooled else None, keep_cache)
+                return self._run(subject, inputs, images, self.stream(stream or "") if pooled else None, keep_cache)
 
     def _run(
-        self, subject: Subject, inputs: dict[str, Any], stream: Stream | None, keep_cache: bool
+        self,
+        subject: Subject,
+        inputs: dict[str, Any],
+        images: tuple[int, ...],
+        stream: Stream | None,
+        keep_cache: bool,
     ) -> tuple[TuningResult, Any]:
         """An episode in which the model's code may run."""
         timer = PhaseTimer(subject.device, self._listener)
-        check_values(value_checks(inputs).tolist())
-        prompt = step.prepare(subject, inputs)
+        check_values(value_checks(subject, inputs).tolist())
+        prompt = step.prepare(subject, inputs, images)
         if self._undecided or outdated(subject):
             subject = self._decide_frozen_dtype(subject, prompt)
         timer.mark("prepare")
@@ -331,7 +351,7 @@ class TestTimeTuner:
         else:
             timer.mark("step")
         told = report(untuned or outcome.start, outcome, state)
-        result = self._result(told, presets, tried, state, prompt.pixels, timer)
+        result = self._result(told, presets, tried, state, prompt, timer)
         return result, step.kept_cache(outcome) if keep_cache else None
 
     def _result(
@@ -340,7 +360,7 @@ class TestTimeTuner:
         presets: list[Preset],
         evaluations: int,
         state: EpisodeState,
-        pixels: Tensor,
+        prompt: step.Prompt,
         timer: PhaseTimer,
     ) -> TuningResult:
         parameters = state.snapshot()
@@ -359,7 +379,9 @@ class TestTimeTuner:
             logits=told.logits,
             parameters=parameters,
             config=self.config,
-            pixels=pixels,
+            pixels=prompt.pixels,
+            images=prompt.images,
+            thirds={path: adapter.thirds for path, adapter in state.adapters.items() if adapter.thirds},
             normalisation=state.normalisation,
         )
 
@@ -381,7 +403,8 @@ class TestTimeTuner:
         assert recorded.report is not None
         told = recorded.report._replace(logits=recorded.report.logits.clone())
         presets = [IDENTITY] * len(told.table)
-        result = self._result(told, presets, 0, recorded.state, inputs["pixel_values"], timer)
+        prompt = recorded.prompt._replace(inputs=inputs)
+        result = self._result(told, presets, 0, recorded.state, prompt, timer)
         return result, step.kept_cache(outcome) if keep_cache else None
 
     def _recorded(self, subject: Subject, prompt: step.Prompt, keep_cache: bool) -> graph.Recorded | None:
@@ -389,7 +412,9 @@ class TestTimeTuner:
         (mode, _), why = self.mode, graph.unavailable(subject.device)
         if mode == "graph" and why is not None:
             raise ValueError(f"mode='graph' cannot run: {why}. Use mode='auto'")
-        if mode == "eager" or why is not None:
+        if mode == "graph" and not prompt.plain and self.config.mode != "auto":
+            raise ValueError("mode='graph' takes one image [C, H, W] per sample; tiles and patches need mode='auto'")
+        if mode == "eager" or why is not None or not prompt.plain:
             return None
         if self.config.mode == "auto" and not self.graphs.is_due(prompt, keep_cache):
             return None
@@ -430,7 +455,7 @@ class TestTimeTuner:
 
     def _new_state(self, subject: Subject, samples: int) -> EpisodeState:
         normalisation = subject.tower.normalisation(subject.device)
-        return EpisodeState(self.config, subject.tower.linears, normalisation, samples)
+        return EpisodeState(self.config, subject.tower.targets, normalisation, samples, self._begin_from)
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[Subject]:
@@ -444,3 +469,17 @@ class TestTimeTuner:
                 yield self._subject
             finally:
                 self._owner = None
+
+
+def _checked_values(
+    config: TuningConfig, tower: VisionTower, values: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor] | None:
+    if values is None:
+        return None
+    shapes = EpisodeState(config, tower.targets, tower.normalisation(torch.device("cpu")), 1).shapes()
+    for name, value in values.items():
+        if name not in shapes:
+            raise ValueError(f"begin_from: {name!r} is not tuned here; there are {', '.join(shapes)}")
+        if value.shape != shapes[name][1:]:
+            raise ValueError(f"begin_from: {name} must be {list(shapes[name][1:])}; got {list(value.shape)}")
+    return {name: value.detach().clone() for name, value in values.items()}
