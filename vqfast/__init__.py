@@ -2,6 +2,7 @@
 
 from vqfast import nn, ops
 from vqfast.backends import BackendUnavailableError, backend, build_info, installed_version
+from vqfast.integrations.transformers import register_vision_tower
 from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
 from vqfast.tuning.result import TuningResult
@@ -21,4 +22,5 @@ __all__ = [
     "build_info",
     "nn",
     "ops",
+    "register_vision_tower",
 ]

@@ -1,9 +1,16 @@
 """Inputs, and the fingerprint of a model that tuning must leave alone."""
 
+import collections
+from unittest import mock
+
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqfast import TuningConfig
+from vqfast.tuning import graph, step
+from vqfast.tuning.inputs import checked
+from vqfast.tuning.patch import frozen
 
 SEARCH = TuningConfig(candidates="default")
 
@@ -50,3 +57,33 @@ def assert_unchanged(model: nn.Module, before: dict) -> None:
         now, now_requires, now_grad = after["tensors"][name]
         assert torch.equal(now, tensor), name
         assert (now_requires, now_grad) == (requires_grad, grad), name
+
+
+WAITING = {"item", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a device: values read back, shapes that depend on values, tensors made of Python values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        name = function._schema.name.partition("::")[2]
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        from_python = name == "lift_fresh" and result.numel() > 0
+        self.found[name] += name in WAITING or by_mask or from_python
+        return result
+
+
+def waits(tuner, batch, **options) -> dict[str, int]:
+    """What a step does that waits for the device, and how often."""
+    subject = tuner._subject
+    prompt = step.prepare(subject, *checked(subject, batch))
+    state = tuner._new_state(subject, prompt.samples)
+    capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
+    with frozen(subject.model), capturing, graph.without_checks(), Waits() as mode:
+        step.run(subject, state, prompt, lambda _: None, **options)
+    return {name: count for name, count in mode.found.items() if count}

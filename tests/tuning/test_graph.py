@@ -3,45 +3,14 @@
 Without one, `run_again` stands for a capture: its replay runs the step anew on the graph's static inputs.
 """
 
-import collections
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import SEARCH, assert_unchanged, fingerprint, rows
+from helpers import SEARCH, assert_unchanged, fingerprint, rows, waits
 from vqfast import TestTimeTuner, TuningConfig, zoo
-from vqfast.tuning import graph, step
-
-WAITING = {"item", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts what waits for a device: values read back, shapes that depend on values, tensors made of Python values."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        name = function._schema.name.partition("::")[2]
-        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        from_python = name == "lift_fresh" and result.numel() > 0
-        self.found[name] += name in WAITING or by_mask or from_python
-        return result
-
-
-def waits(tuner, batch, **options) -> dict[str, int]:
-    subject = tuner._subject
-    prompt = step.Prompt(batch, torch.ones(5, 1, dtype=torch.bool), (1,) * 5)
-    state = tuner._new_state(subject, 5)
-    capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
-    with capturing, graph.without_checks(), Waits() as mode:
-        step.run(subject, state, prompt, lambda _: None, **options)
-    return {name: count for name, count in mode.found.items() if count}
+from vqfast.tuning import graph
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqfast.tuning.step import PIXELS, Subject
+from vqfast.tuning.step import PIXELS, Subject, is_fixed
 
 GRID = "image_grid_thw"
+IGNORED = -100  # a label that does not count
 REFUSED = ("past_key_values", "labels", "inputs_embeds", "vision_feature_layer", "pixel_values_videos")
 PIXEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,7 +36,7 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], t
             raise ValueError(f"{argument} must be {shape}; got {list(value.shape)}")
         if argument == "input_ids" and value.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids must be token ids, int64 or int32; got {value.dtype}")
-    inputs = {PIXELS if n == name else n: value for n, value in inputs.items()}
+    inputs = {PIXELS if n == name else n: value for n, value in without_labels(inputs).items()}
     if refused := [n for n in REFUSED if inputs.get(n) is not None]:
         raise ValueError(f"tune takes no {refused[0]}: pass the processor's output for images and text alone")
     for argument, value in inputs.items():
@@ -47,6 +48,14 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], t
         raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
     plain = {n: _plain(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     return plain, _images_per_sample(subject, plain)
+
+
+def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without labels none of which count: PaliGemma's processor gives them with every prompt."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or bool((labels != IGNORED).any()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def _check_pixels(subject: Subject, name: str, inputs: dict[str, Any]) -> None:
@@ -82,14 +91,14 @@ def _images_per_sample(subject: Subject, inputs: dict[str, Any]) -> tuple[int, .
     if pixels.dim() >= 5:
         if given != samples:
             raise ValueError(f"pixels [B, ...] must have a row per sample, {samples}; got {list(pixels.shape)}")
-        if pixels.dim() > 5:
-            return (1,) * samples  # all images of all samples go to the tower, padding too
+        if is_fixed(inputs, samples):
+            return (1,) * samples
         if sizes is not None:
             return _tiles(subject, sizes, samples)
         return tuple((pixels != 0).flatten(2).any(-1).sum(-1).tolist())  # models drop tiles that are all zero
-    if given == samples:
-        return (1,) * samples
     extent = grid if sizes is None else sizes
+    if given == samples and extent is None:
+        return (1,) * samples
     size = [1.0] * given if extent is None else extent.prod(-1).tolist()
     return _by_tokens(subject, inputs["input_ids"], size)
 

@@ -7,6 +7,7 @@ in state_dict() changes, and taking the attribute away leaves the model as it wa
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -168,7 +169,7 @@ def _once(function: Forward) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not kept:
             kept.append(function(*args, **kwargs))
-        return kept[0]
+        return copy.copy(kept[0])  # CLIP writes into what its text tower gives back
 
     return forward
 

@@ -21,10 +21,12 @@ from vqfast.tuning.state import EpisodeState
 PIXELS = "pixel_values"
 
 
-def is_plain(inputs: dict[str, Any], samples: int) -> bool:
-    """One image [C, H, W] per sample, of a size that nothing else in the inputs tells."""
+def is_fixed(inputs: dict[str, Any], samples: int) -> bool:
+    """Every sample has as many images of the same size, whatever the values are."""
     told = any(inputs.get(name) is not None for name in ("image_sizes", "image_grid_thw", "pixel_attention_mask"))
-    return inputs[PIXELS].dim() == 4 and len(inputs[PIXELS]) == samples and not told
+    pixels = inputs[PIXELS]
+    tiles = pixels.dim() == 5 and pixels.shape[1] > 1  # models drop those that are all zero
+    return len(pixels) == samples and not told and not tiles
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ class Prompt(NamedTuple):
     @property
     def plain(self) -> bool:
         """One image [C, H, W] per sample."""
-        return is_plain(self.inputs, self.samples)
+        return self.pixels.dim() == 4 and self.fixed
+
+    @property
+    def fixed(self) -> bool:
+        """Whose pixels are where is told by shapes alone."""
+        return is_fixed(self.inputs, self.samples)
 
     def repeated(self, pixels: Tensor, *, rows: Tensor) -> Prompt:
         """The prompts in `rows` with images `pixels`, one each."""

@@ -21,7 +21,7 @@ from vqfast.integrations.transformers import Normalisation, VisionTower, find_sh
 from vqfast.tuning import graph, step
 from vqfast.tuning.candidates import IDENTITY, Preset
 from vqfast.tuning.config import TuningConfig
-from vqfast.tuning.inputs import check_values, checked, value_checks
+from vqfast.tuning.inputs import check_values, checked, value_checks, without_labels
 from vqfast.tuning.low_precision import bfloat16_forwards, outdated
 from vqfast.tuning.patch import compiled_blocks, frozen, patched
 from vqfast.tuning.result import Report, TuningResult, read, report
@@ -32,6 +32,8 @@ from vqfast.tuning.stream import Stream
 from vqfast.tuning.telemetry import OperatorCalls, Telemetry, traced
 from vqfast.tuning.timing import PhaseTimer
 
+# Inputs that generation from a key-value cache has, or does without.
+CONTINUED = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "image_sizes", "pixel_attention_mask"}
 STREAMS = 1024  # at most; one is a few kilobytes
 STREAM_CANDIDATES = 4  # presets per image; more are no better (docs/stream.md)
 logger = logging.getLogger(__name__)
@@ -165,7 +167,7 @@ class TestTimeTuner:
             return "eager", "the tuner is closed"
         if (why := graph.unavailable(self._subject.device) or self._uncapturable) is not None:
             return "eager", why
-        return "graph", f"the model is on CUDA; a shape from its input {graph.SEEN} on"
+        return "graph", f"the model is on CUDA; a shape from its input {graph.SEEN} on, unless values lay it out"
 
     def tune(self, *, stream: str | None = None, **inputs: Any) -> TuningResult:
         """Run one episode on a batch, each sample by itself. Works inside torch.inference_mode() and autocast.
@@ -210,7 +212,8 @@ class TestTimeTuner:
         """Tune on the inputs, then answer: token ids [B, L + new], or what `model.generate` is told to return.
 
         Generation continues from the key-value cache of the answer forward: the vision tower does not run again. With
-        beams or several sequences per sample it starts anew on the tuned model.
+        beams or several sequences per sample, and for models with more inputs per token than a mask and positions
+        (Qwen, Mllama, Idefics 1), it starts anew on the tuned model.
 
         Args:
             max_new_tokens: longest answer; 32 unless this or a generation_config is given.
@@ -221,6 +224,7 @@ class TestTimeTuner:
         Raises:
             as `tune`, and as `model.generate`.
         """
+        inputs = without_labels(inputs)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         options = {name: value for name, value in inputs.items() if name not in tensors}
         options["generation_config"] = generation_config
@@ -237,6 +241,7 @@ class TestTimeTuner:
             )
             own_cache = options.get("cache_implementation") or getattr(defaults, "cache_implementation", None)
             anew = wide or own_cache is not None or self.config.objective == "marginal_entropy"
+            anew |= bool(tensors.keys() - {subject.tower.pixel_argument, *CONTINUED})
             result, cache = self._episode(subject, tensors, stream, keep_cache=not anew)
             if cache is None:
                 with self._applied(subject, result), frozen(model), torch.no_grad():
@@ -412,9 +417,9 @@ class TestTimeTuner:
         (mode, _), why = self.mode, graph.unavailable(subject.device)
         if mode == "graph" and why is not None:
             raise ValueError(f"mode='graph' cannot run: {why}. Use mode='auto'")
-        if mode == "graph" and not prompt.plain and self.config.mode != "auto":
-            raise ValueError("mode='graph' takes one image [C, H, W] per sample; tiles and patches need mode='auto'")
-        if mode == "eager" or why is not None or not prompt.plain:
+        if self.config.mode == "graph" and not prompt.fixed:
+            raise ValueError("mode='graph' cannot hold tiles, sizes or patches that values lay out; use mode='auto'")
+        if mode == "eager" or why is not None or not prompt.fixed:
             return None
         if self.config.mode == "auto" and not self.graphs.is_due(prompt, keep_cache):
             return None

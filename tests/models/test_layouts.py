@@ -1,0 +1,101 @@
+"""The filter acts on the images, however the processor has laid them out."""
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from test_models import blurred
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from vqfast import TestTimeTuner, TuningConfig
+from vqfast.integrations.layouts import layout_of, stacked
+from vqfast.nn import GaussianFilter
+
+QWEN = next(family for family in FAMILIES if family.name == "Qwen2-VL")
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return QWEN.build().model.visual
+
+
+def patches(images):
+    """What Qwen's processor makes of raw images [3, H, W]."""
+    processor = Qwen2VLImageProcessorPil(do_resize=False, do_rescale=False, patch_size=8)
+    arrays = [image.numpy().astype(np.float32) for image in images]
+    return processor(images=arrays, input_data_format="channels_first", return_tensors="pt")
+
+
+def test_filtered_patches_are_the_patches_of_the_filtered_image(tower):
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, 32, 48, generator=generator), torch.rand(3, 48, 64, generator=generator)]
+    plain = patches(images)
+    mix, log_sigma = torch.tensor([0.4, -0.3]), torch.tensor([0.1, 0.5])
+    expected = patches([blurred(*each) for each in zip(images, mix, log_sigma, strict=True)])["pixel_values"]
+    config = TuningConfig(taps=7, lora_blocks=0)
+    with TestTimeTuner(QWEN.build(), config) as tuner:
+        state = tuner._new_state(tuner._subject, 2)
+        assert isinstance(state.filter, GaussianFilter)
+        state.filter.mix.data.copy_(mix)
+        state.filter.log_sigma.data.copy_(log_sigma)
+        arguments = {"grid_thw": plain["image_grid_thw"]}
+        found = state.filtered(layout_of(tower, plain["pixel_values"], arguments, (1, 1)), plain["pixel_values"])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(2,), (1, 1), (2, 1)])
+def test_patches_go_apart_and_together_bit_for_bit(tower, counts):
+    grids = torch.tensor([[1, 4, 6], [1, 4, 6], [2, 2, 4]])[: sum(counts)]
+    pixels = torch.randn(int(grids.prod(-1).sum()), 3 * 2 * 8 * 8)
+    layout = layout_of(tower, pixels, {"grid_thw": grids}, counts)
+    assert torch.equal(layout.restore([group.images for group in layout.groups]), pixels)
+    assert layout.row_offsets(len(pixels), pixels.device).tolist() == [
+        int(grids.prod(-1)[: sum(counts[:i])].sum()) for i in range(len(counts) + 1)
+    ]
+
+
+def test_another_number_of_images_is_an_error(tower):
+    with pytest.raises(ValueError, match=r"got 3 images for 2 tuned samples of \[3, 1\]"):
+        stacked(torch.zeros(3, 3, 8, 8), (3, 1))
+    layout = stacked(torch.zeros(4, 3, 8, 8), (3, 1))
+    with pytest.raises(ValueError, match=r"has 7 rows for images of 4 patches"):
+        layout.row_offsets(7, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("Qwen2-VL", lambda i: i.update(pixel_values=i["pixel_values"][:-1]), r"\[71, 384\] for \[\[1, 4, 6\]"),
+        ("Qwen2-VL", lambda i: i.update(input_ids=i["input_ids"].flip(0)), r"image tokens \[12, 6\] cannot be shared"),
+        ("InternVL", lambda i: i.update(pixel_values=i["pixel_values"][:3]), "cannot be shared out among 3 images"),
+        (
+            "LLaVA-NeXT",
+            lambda i: i.update(image_sizes=i["image_sizes"][:1]),
+            "image_sizes must have a row per sample, 2",
+        ),
+        ("Idefics 3", lambda i: i.update(pixel_values=i["pixel_values"][:1]), "must have a row per sample, 2"),
+        ("Qwen2-VL", lambda i: i.update(pixel_values_videos=i["pixel_values"]), "tune takes no pixel_values_videos"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(name, change, message):
+    family = next(f for f in FAMILIES if f.name == name)
+    inputs = dict(family.inputs(2))
+    change(inputs)
+    half = ((0.5,) * 3, (0.5,) * 3)
+    with TestTimeTuner(family.build(), normalisation=half) as tuner, pytest.raises(ValueError, match=message):
+        tuner.tune(**inputs)
+
+
+def test_several_images_of_a_sample_share_its_filter():
+    """LLaVA with two images per prompt: the prompts' image tokens say whose they are."""
+    family = FAMILIES[0]
+    one = family.inputs(2)
+    ids = torch.cat([one["input_ids"], one["input_ids"]], 1)
+    ids = ids[:, (ids[0] >= 0).nonzero()[:, 0]]
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=one["pixel_values"].repeat(2, 1, 1, 1)
+    )
+    with TestTimeTuner(family.build(), TuningConfig(guard=False)) as tuner:
+        result = tuner.tune(**inputs)
+        assert result.images == (2, 2)
+        assert len(result) == 2
