@@ -309,7 +309,7 @@ def test_known_normalisation_is_that_of_the_families(family, model):
 
 INTRODUCTION = """# Models
 
-`TestTimeTuner(model)` finds the vision tower of these by the names of its modules. The table is written by the tests, on a
+`TestTimeTuner(model)` finds the vision tower of these by the names of its modules. The table is written by tests, on a
 tiny model of each class with random weights, a filter of 7 taps and LoRA of rank 4 on two blocks. Outputs and every
 gradient are compared with plain PyTorch in float32, for two samples at once, of different sizes or numbers of tiles.
 
