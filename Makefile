@@ -11,8 +11,9 @@ export GOMP_SPINCOUNT ?= 10000
 demo: .venv/installed
 	$(BIN)/python -m studies.demo
 
-test: .venv/installed
+test: .venv/installed .venv/quantisation
 	$(BIN)/python -m pytest -q
+	PYTHONPATH=.venv/quantisation $(BIN)/python -m pytest -q tests/models/test_quantised.py
 
 # Thousands of steps, calls from threads and random examples (docs/reliability.md).
 soak: .venv/installed
@@ -40,6 +41,11 @@ gpu:
 
 clean:
 	rm -rf .venv build out *.egg-info vqfast/*.so
+
+# Beside the environment, not in it: transformers imports torchao wherever it is, which is slow and prints warnings.
+.venv/quantisation: .venv/installed
+	$(BIN)/pip install -q --no-deps --upgrade --target $@ torchao==0.18.0 bitsandbytes==0.50.2
+	touch $@
 
 # torch first and pinned: a range would take the newest build with gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)

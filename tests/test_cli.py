@@ -121,7 +121,7 @@ def test_save_image(pale, tmp_path):
     result = run("tune", pale, "--save-image", path)
     assert result.exit_code == 0
     saved = Image.open(path)
-    assert (saved.mode, saved.size) == ("RGB", (32, 32))
+    assert (saved.mode, saved.size) == ("L", (128, 128))  # as the original
     low, high = saved.convert("L").getextrema()
     assert high - low > 150  # stretched; the input spans 30 levels
     assert f"saved   {path}, " in result.stdout

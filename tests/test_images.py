@@ -105,7 +105,7 @@ def test_sixteen_bits_in_32():
     """Mode "I", which some Pillow releases read 16-bit files as; values outside 16 bits are clipped."""
     image = Image.fromarray(np.array([[-5, 0, 300, 32768, 65535, 70000]], dtype=np.int32))
     assert image.mode == "I"
-    assert np.asarray(images._to_rgb(image))[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
+    assert np.asarray(images.to_rgb(image))[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
 
 
 def test_sixteen_bits_with_a_transparent_level(put):

@@ -54,11 +54,11 @@ def tune(
     """Answer a question about an image, before and after tuning on it. Runs on a CUDA device if there is one."""
     if save_image is not None:
         _check_output(save_image, image)
-    network, processor, inputs = _prepared(image, question, model)
+    network, processor, inputs, original = _prepared(image, question, model)
     question = question or DEFAULT_QUESTION
     limit = max_new_tokens or network.generation_config.max_new_tokens or 32
     with _expected(ValueError):
-        tuner = vqfast.TestTimeTuner(network, _config(search, steps))
+        tuner = vqfast.TestTimeTuner(network, _config(search, steps), normalisation=processor)
         result = tuner.tune(**inputs)
     sample = result.samples[0]
     before = after = _answer(network, processor, inputs, sample.token_before, limit)
@@ -67,9 +67,9 @@ def tune(
             after = _answer(network, processor, inputs, sample.token_after, limit)
     clipped = None
     if save_image is not None:
-        filtered, clipped = result.image()
+        filtered, clipped = result.image(original=original, processor=processor)
         with _expected(OSError):
-            filtered.save(save_image)
+            filtered.save(save_image, icc_profile=filtered.info.get("icc_profile"))
     plain = json.loads(result.to_json())  # null where a value is not finite
     report = dict(image=str(image), model=str(model or "embedded"), question=question, search=search, steps=steps)
     report |= dict(answer_before=before, answer_after=after, **plain["samples"][0])
@@ -94,9 +94,9 @@ def profile(
     """Show what tuning on an image costs: time and operator calls per phase, kernel launches, peak memory."""
     if trace is not None and not trace.parent.is_dir():
         _fail(f"cannot save {trace}: there is no folder {trace.parent}; make it first")
-    network, _, inputs = _prepared(image, question, model)
+    network, processor, inputs, _ = _prepared(image, question, model)
     with _expected(ValueError):
-        tuner = vqfast.TestTimeTuner(network, _config(search, steps))
+        tuner = vqfast.TestTimeTuner(network, _config(search, steps), normalisation=processor)
         result = tuner.profile(trace=trace, **inputs)
         timings = [tuner.tune(**inputs).timings_ms for _ in range(repeat)]
     assert result.telemetry is not None
@@ -169,8 +169,8 @@ def _config(search: bool, steps: int) -> vqfast.TuningConfig:
     return vqfast.TuningConfig(steps=steps, candidates="default" if search else None)
 
 
-def _prepared(image: Path, question: str | None, model: Path | None) -> tuple[Any, Any, Any]:
-    """Model, processor and the processor's output for the image, on a CUDA device if there is one."""
+def _prepared(image: Path, question: str | None, model: Path | None) -> tuple[Any, Any, Any, Any]:
+    """Model, processor, the processor's output for the image, and the image; on a CUDA device if there is one."""
     for package in ("transformers", "PIL", "jinja2"):
         if importlib.util.find_spec(package) is None:
             _fail(f"{package} is not installed; get it with: pip install 'vqfast[demo]'")
@@ -185,7 +185,7 @@ def _prepared(image: Path, question: str | None, model: Path | None) -> tuple[An
     network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     with _expected(ValueError):
         inputs = processor(images=pixels, text=_prompt(processor, question), return_tensors="pt").to(network.device)
-    return network, processor, inputs
+    return network, processor, inputs, pixels
 
 
 def _check_output(path: Path, image: Path) -> None:

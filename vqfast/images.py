@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from PIL import AvifImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
@@ -79,7 +79,7 @@ def _decode(file: IO[bytes], path: Path) -> Image.Image:
         image = _open(file, kind)
         image.load()
         _turn_upright(image)
-        return _to_rgb(image)
+        return to_rgb(image)
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -103,7 +103,17 @@ def _turn_upright(image: Image.Image) -> None:
         return
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; `info` keeps its mode, and the colour profile where that one is of RGB or of grey levels."""
+    result = _converted(image)
+    kept: dict[str | tuple[int, int], Any] = {"mode": image.info.get("mode", image.mode)}
+    if "icc_profile" in image.info and image.mode not in ("CMYK", "YCbCr", "LAB"):
+        kept["icc_profile"] = image.info["icc_profile"]
+    result.info = kept
+    return result
+
+
+def _converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit levels, also where Pillow keeps them in 32 bits; others are clipped
         levels = list(_TO_8_BIT)
         if isinstance(transparent := image.info.get("transparency"), int):

@@ -14,6 +14,7 @@ from vqfast.integrations.layouts import stacked
 from vqfast.nn import GaussianFilter, SpectralGain, whole_lora_b
 from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
+from vqfast.tuning.export import HALF_STEP, filtered_original, model_scale
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Forward, Outcome
 from vqfast.tuning.telemetry import Telemetry
@@ -67,11 +68,21 @@ class TuningResult:
         """`to_dict` as JSON (options of json.dumps). A value that is not finite, which JSON has not, becomes null."""
         return json.dumps(_finite(self.to_dict()), allow_nan=False, **options)
 
-    def image(self, sample: int = 0) -> tuple[Image, float]:
-        """The filtered image of one sample, clamped to [0, 1], and the fraction of its values that was clipped.
+    def image(
+        self, sample: int = 0, *, original: Image | None = None, processor: Any | None = None
+    ) -> tuple[Image, float]:
+        """The filtered image of one sample, and the fraction of its values that was clipped to [0, 1].
+
+        An engine that does not run vqfast can be fed the tuned image: the filter's part of the tuning, without LoRA.
+
+        Args:
+            original: the image that the processor was given, of any size. The result has its size and is grey where it
+                is; None: what the model saw, at its own resolution, for one image [C, H, W] per sample.
+            processor: the model's, which tells how it scales such an image. May be left out where the original has the
+                proportions of the model's input.
 
         Raises:
-            ValueError: the episode had no filter.
+            ValueError: the episode had no filter, or the scale of the original is not known.
             IndexError: no such sample.
         """
         from PIL import Image
@@ -79,20 +90,38 @@ class TuningResult:
         if self.config.filter is None:
             raise ValueError("this episode had no filter (filter=None), so there is no filtered image")
         self._check_sample(sample)
-        raw = self._filtered()[sample]
-        half_step = 0.5 / 255  # less than this outside is a rounding error of the normalisation
-        clipped = ((raw < -half_step) | (raw > 1 + half_step)).float().mean().item()
+        plain = self.pixels.dim() == 4 and len(self.pixels) == len(self)
+        if original is not None:
+            if processor is not None:
+                scale = model_scale(processor, (original.height, original.width), self.normalisation)
+            else:
+                scale = self._own_scale(original, plain)
+            return filtered_original(original, lambda raw: self._behind_filter(sample, raw), scale)
+        if not plain:
+            raise ValueError("this model takes an image as tiles or patches: pass original=image, processor=processor")
+        mean, std = (values[:, None, None] for values in self.normalisation)
+        raw = self._behind_filter(sample, self.pixels[sample : sample + 1].float() * std + mean)[0]
+        clipped = ((raw < -HALF_STEP) | (raw > 1 + HALF_STEP)).float().mean().item()
         pixels = (raw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), clipped
 
+    def _own_scale(self, original: Image, plain: bool) -> tuple[float, float]:
+        scale = original.height / self.pixels.shape[-2], original.width / self.pixels.shape[-1]
+        if not plain or abs(scale[0] / scale[1] - 1) > 0.01:
+            raise ValueError(
+                f"how an original of {original.height}x{original.width} pixels is scaled to pixels "
+                f"{list(self.pixels.shape)} is not known: pass processor=processor"
+            )
+        return scale
+
     @torch.no_grad()
-    def _filtered(self) -> Tensor:
-        """Raw filtered pixels, not clamped, [B, C, H, W]."""
-        state = EpisodeState(self.config, {}, self.normalisation, len(self))
-        state.load(self.parameters)
+    def _behind_filter(self, sample: int, raw: Tensor) -> Tensor:
+        """Raw pixels [1, C, H, W] behind one sample's filter, not clamped; on their device."""
+        state = EpisodeState(self.config, {}, self.normalisation, 1)
+        state.load({name: value[sample : sample + 1] for name, value in self.parameters.items()})
         mean, std = (values[:, None, None] for values in self.normalisation)
-        pixels = self.pixels.float()
-        return state.filtered(stacked(pixels, self.images), pixels) * std + mean
+        pixels = (raw.to(mean.device) - mean) / std
+        return (state.filtered(stacked(pixels, (1,)), pixels) * std + mean).to(raw.device)
 
     def adapters(self, sample: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
         """LoRA of one sample: path of a layer -> A [R, K] and B [N, R] of x W^T + (alpha / rank) (x A^T) B^T.
