@@ -7,9 +7,10 @@ from families import FAMILIES
 from test_models import blurred
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vqfast import TestTimeTuner, TuningConfig
+from vqfast import Preset, TestTimeTuner, TuningConfig
 from vqfast.integrations.layouts import layout_of, stacked
 from vqfast.nn import GaussianFilter
+from vqfast.tuning.candidates import apply_presets
 
 QWEN = next(family for family in FAMILIES if family.name == "Qwen2-VL")
 
@@ -99,3 +100,34 @@ def test_several_images_of_a_sample_share_its_filter():
         result = tuner.tune(**inputs)
         assert result.images == (2, 2)
         assert len(result) == 2
+
+
+def test_padding_tiles_stay_zero():
+    pixels = torch.rand(2, 1, 3, 3, 8, 8)
+    real = torch.tensor([[[1, 1, 0]], [[1, 0, 0]]])
+    pixels[real == 0] = 0
+    layout = stacked(pixels, (1, 1), real)
+    changed = layout.restore([group.images + 1 for group in layout.groups])
+    assert torch.equal(changed, torch.where(real[..., None, None, None] == 0, pixels, pixels + 1))
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1)])
+def test_a_preset_stretches_each_sample_by_its_own_images(tower, counts):
+    """Of different sizes, so that every image is a group of its own."""
+    grids = torch.tensor([[1, 4, 6], [1, 2, 4], [1, 6, 8]])[: sum(counts)]
+    rows = grids.prod(-1).tolist()
+    pixels = torch.cat([torch.randn(n, 384) * (i + 1) for i, n in enumerate(rows)])
+    presets = (Preset("stretch", stretch=True), Preset("blur, stretch", 1.0, 0.5, stretch=True))
+
+    def applied(chosen, first, last, counts):
+        part = pixels.split(rows)[first:last]
+        arguments = {"grid_thw": grids[first:last]}
+        layout = layout_of(tower, torch.cat(part), arguments, counts)
+        return apply_presets(chosen, layout, torch.cat(part), 7, *(torch.full((3,), 0.5),) * 2)
+
+    both = applied(presets, 0, sum(counts), counts)
+    parts = [applied(presets[:1], 0, counts[0], counts[:1]), applied(presets[1:], counts[0], sum(counts), counts[1:])]
+    torch.testing.assert_close(both.pixels, torch.cat([part.pixels for part in parts]))
+    torch.testing.assert_close(both.gain, torch.cat([part.gain for part in parts]))
+    torch.testing.assert_close(both.bias, torch.cat([part.bias for part in parts]))
+    assert both.gain[0] != both.gain[1]
