@@ -63,6 +63,9 @@ def right(model: Any, processor: Any, mode: str, size: tuple[int, int], name: st
 def main() -> None:
     model, processor = zoo.load()
     print("# The filter's effect as an image\n")
+    print(
+        "`result.image(original=image, processor=processor)` and `vqfast tune --save-image` ([tuning.md](tuning.md)).\n"
+    )
     print("Written by `python -m studies.export`: accuracy in percent on the test split under the demo's eight")
     print(f"degradations, {IMAGES} images and three questions each. The exported image is answered by the plain model.")
     about = surroundings(seed=0)

@@ -93,5 +93,5 @@ def _slope(tiles: Tensor) -> float:
     for rise in (tiles[..., lag:] - tiles[..., :-lag]) / lag:
         usual = rise[rise > 0.5 * rise.max()].median()
         if usual > 1 / 255 / lag:
-            slopes.append(rise[(rise / usual - 1).abs() < 0.1].mean().item())  # many: single ones are in steps of 1/255
+            slopes.append(float(rise[(rise / usual - 1).abs() < 0.1].mean()))  # many: single ones are in steps of 1/255
     return min(slopes)

@@ -88,6 +88,11 @@ class TestTimeTuner:
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if any(p.is_inference() for p in model.parameters()):
             raise ValueError("the model was made inside torch.inference_mode(): load it outside, so gradients can pass")
+        if hasattr(model, "get_base_model"):
+            raise ValueError(
+                f"{type(model).__name__} of peft does not say what it takes: pass model.get_base_model(), which has "
+                "the adapters in it, too"
+            )
         devices = {str(p.device) for p in model.parameters()}
         if len(devices) > 1:
             raise ValueError(
@@ -485,6 +490,9 @@ def _checked_values(
     for name, value in values.items():
         if name not in shapes:
             raise ValueError(f"begin_from: {name!r} is not tuned here; there are {', '.join(shapes)}")
-        if value.shape != shapes[name][1:]:
-            raise ValueError(f"begin_from: {name} must be {list(shapes[name][1:])}; got {list(value.shape)}")
+        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if given != (wanted := list(shapes[name][1:])):
+            raise ValueError(f"begin_from: {name} must be a tensor {wanted}; got {given}")
+        if not value.isfinite().all():
+            raise ValueError(f"begin_from: {name} has values that are not finite")
     return {name: value.detach().clone() for name, value in values.items()}
