@@ -264,13 +264,22 @@ def test_too_large_by_its_header(put):
 
 
 @pytest.mark.parametrize(("kind", "options"), [*LOSSLESS, *LOSSY])
-def test_limit_holds_for_every_format(put, monkeypatch, kind, options):
+def test_limit_holds_for_every_format(put, kind, options):
     path = put(RGB, kind, **options)
-    monkeypatch.setattr(images, "MAX_PIXELS", 240)
-    assert read_image(path).size == (20, 12)
-    monkeypatch.setattr(images, "MAX_PIXELS", 239)
+    assert read_image(path, max_pixels=240).size == (20, 12)
     with pytest.raises(ImageError, match="20 x 12 = 240 pixels, at most 239"):
-        read_image(path)
+        read_image(path, max_pixels=239)
+
+
+@pytest.mark.parametrize(("kind", "options"), [*LOSSLESS, *LOSSY])
+def test_an_upload_is_read_as_its_file_is(put, kind, options):
+    path = put(RGB, kind, **options)
+    upload = io.BytesIO(path.read_bytes())
+    assert read_image(upload).tobytes() == read_image(path).tobytes()
+    with pytest.raises(ImageError, match=r"^the image is .*damaged"):
+        read_image(io.BytesIO(path.read_bytes()[:60]))
+    with pytest.raises(ImageError, match=r"^the image is empty"):
+        read_image(io.BytesIO())
 
 
 @pytest.mark.parametrize(("kind", "options"), [*LOSSLESS, *LOSSY])

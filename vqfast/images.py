@@ -33,20 +33,25 @@ class ImageError(ValueError):
     """The file is not an image that is accepted; the message says what it is and what to do."""
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(source: str | os.PathLike[str] | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file to RGB: the first frame, upright by its EXIF orientation, transparency on white.
 
-    16-bit grey levels are scaled to 8 bits; colour profiles are not applied. The format is told from the content, not
-    from the name. Works in any thread and leaves Pillow's settings as they are.
+    16-bit grey levels are scaled to 8 bits; colour profiles are not applied, but kept in `info` with the file's mode.
+    The format is told from the content, not from the name. Works in any thread and leaves Pillow's settings as they
+    are.
 
     Args:
-        path: a PNG, JPEG, WebP or AVIF file. Other formats, TIFF and BMP among them, are not decoded.
+        source: path of a PNG, JPEG, WebP or AVIF file, or such a file opened for reading bytes, as an upload is. Other
+            formats, TIFF and BMP among them, are not decoded.
+        max_pixels: more, by the size in its header, and it is not decoded.
 
     Raises:
         ImageError: no such file, a folder, another format, damaged, truncated, without pixels, or more than
-            `MAX_PIXELS` pixels.
+            `max_pixels` pixels.
     """
-    path = Path(path)
+    if not isinstance(source, (str, os.PathLike)):
+        return _decode(source, "the image", max_pixels)
+    path = Path(source)
     try:
         if path.is_dir():
             raise ImageError(f"{path} is a folder; give one image file ({ACCEPTED})")
@@ -57,10 +62,10 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}") from error
     with file:
-        return _decode(file, path)
+        return _decode(file, str(path), max_pixels)
 
 
-def _decode(file: IO[bytes], path: Path) -> Image.Image:
+def _decode(file: IO[bytes], path: str, max_pixels: int) -> Image.Image:
     head = file.read(64)
     if not head:
         raise ImageError(f"{path} is empty (0 bytes); give an image file ({ACCEPTED})")
@@ -72,8 +77,8 @@ def _decode(file: IO[bytes], path: Path) -> Image.Image:
     try:
         image = _open(file, kind)
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            limit = f"at most {MAX_PIXELS:,} are accepted"
+        if width * height > max_pixels:
+            limit = f"at most {max_pixels:,} are accepted"
             raise ImageError(f"{path} has {width} x {height} = {width * height:,} pixels, {limit}; scale it down")
         image.verify()  # checksums of a PNG, which decoding skips; uses the reader up
         image = _open(file, kind)
