@@ -218,7 +218,7 @@ def test_bad_output_is_told_before_any_work(pale, tmp_path, monkeypatch, name, m
 
 
 def test_output_that_cannot_be_written(three, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
