@@ -18,6 +18,8 @@ test: .venv/installed .venv/quantisation
 # Thousands of steps, calls from threads and random examples (docs/reliability.md).
 soak: .venv/installed
 	VQFAST_SOAK=1 $(BIN)/python -m pytest -q --durations=0 tests/soak tests/tuning/test_threads.py tests/tuning/test_fuzz.py
+	$(BIN)/pip install -q -c constraints.txt -r examples/serve/requirements.txt
+	$(BIN)/python -m pytest -q examples/serve
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
-from test_models import blurred
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from families import FAMILIES
+from test_models import blurred
 from vqfast import Preset, TestTimeTuner, TuningConfig
 from vqfast.integrations.layouts import layout_of, stacked
 from vqfast.nn import GaussianFilter

@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES
 
+from families import FAMILIES
 from helpers import assert_unchanged, fingerprint, waits
 from vqfast import TestTimeTuner, TuningConfig
 from vqfast.integrations.transformers import KNOWN_NORMALISATION

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from test_models import CONFIG, gradients, start_values
 from torch import nn
 
+from test_models import CONFIG, gradients, start_values
 from vqfast import zoo
 
 

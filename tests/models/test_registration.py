@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cogvlm import SIDE, WORDS, SmallCogVLM
 
 import vqfast
+from cogvlm import SIDE, WORDS, SmallCogVLM
 from helpers import assert_unchanged, fingerprint
 from vqfast.integrations import transformers as towers
 
