@@ -209,7 +209,9 @@ def row(family, model, normalisation, compared):
         waiting = waits(tuner, family.inputs(1)) if alone.fixed else {}
     graph = "no: its input is laid out by values"
     if alone.fixed:
-        graph = f"no: reads {', '.join(sorted(waiting))}" if waiting else "yes"
+        words = {"lift_fresh": "copies Python values to the device"}
+        doing = ", ".join(words.get(name, f"waits for {name}") for name in sorted(waiting))
+        graph = f"no: {doing}" if waiting else "yes"
         graph += "" if both.fixed or waiting else ", one tile per sample"
     cells = [
         family.name,
