@@ -67,7 +67,8 @@ def tune(
             after = _answer(network, processor, inputs, sample.token_after, limit)
     clipped = None
     if save_image is not None:
-        filtered, clipped = result.image(original=original, processor=processor)
+        with _expected(ValueError):
+            filtered, clipped = result.image(original=original, processor=processor)
         with _expected(OSError):
             filtered.save(save_image, icc_profile=filtered.info.get("icc_profile"))
     plain = json.loads(result.to_json())  # null where a value is not finite

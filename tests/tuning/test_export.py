@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    JanusImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from helpers import SEARCH
@@ -89,8 +94,19 @@ def test_grey_stays_grey_and_a_profile_stays(loaded, tmp_path):
             (640 / 672,) * 2,
         ),
         (Qwen2VLImageProcessorPil(patch_size=14, **STANDARD), (480, 640), (480 / 476, 640 / 644)),
+        (Qwen2VLImageProcessorPil(patch_size=14, **STANDARD), (300, 3000), (300 / 308, 3000 / 2996)),
+        # With its proportions into a square, padded.
+        (JanusImageProcessorPil(**STANDARD), (2000, 500), (2000 / 384,) * 2),
+        (JanusImageProcessorPil(**STANDARD), (300, 3000), (3000 / 384,) * 2),
     ],
-    ids=["squashed", "cropped", "tiles", "patches"],
+    ids=["squashed", "cropped", "tiles", "patches", "long patches", "padded", "long padded"],
 )
 def test_scale_is_read_off_the_processor(processor, size, expected):
-    assert model_scale(processor, size, HALF) == pytest.approx(expected, rel=0.01)
+    assert model_scale(processor, size, HALF) == pytest.approx(expected, rel=0.015)
+
+
+def test_an_image_too_small_to_tell_its_scale(loaded):
+    with pytest.raises(ValueError, match="an original of 1x40 pixels is too small or too long"):
+        model_scale(loaded[1], (1, 40), HALF)
+    with pytest.raises(TypeError, match="original must be a PIL image; got ndarray"):
+        tuned(loaded, noisy_digit((32, 32))).image(original=np.zeros((32, 32, 3)))

@@ -81,8 +81,8 @@ def layout_of(tower: nn.Module, pixels: Tensor, arguments: dict[str, Any], count
         rows = tuple((height // patch) * (width // patch) for height, width in sizes)
         return _padded(pixels, sizes, counts, rows)
     if isinstance(mask, Tensor) and not bool(mask.all()):
-        side = pixels.shape[-2] // mask.shape[-2], pixels.shape[-1] // mask.shape[-1]
-        extent = torch.stack([mask.any(-1).sum(-1) * side[0], mask.any(-2).sum(-1) * side[1]], -1)
+        side: Any = tower.patch_size if hasattr(tower, "patch_size") else tower.config.patch_size  # type: ignore[union-attr]
+        extent = torch.stack([mask.any(-1).sum(-1), mask.any(-2).sum(-1)], -1) * side
         return _padded(pixels, extent.tolist(), counts, None)
     return stacked(pixels, counts, arguments.get("aspect_ratio_mask"))
 
@@ -126,7 +126,7 @@ def _check_count(images: int, counts: tuple[int, ...]) -> None:
     if images != sum(counts):
         raise ValueError(
             f"the vision tower got {images} images for {len(counts)} tuned samples of {list(counts)}; "
-            "pass the images that were tuned, in their order"
+            "pass the images that were tuned, in their order. A tower must get them in one call"
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast import ops
@@ -234,20 +235,18 @@ def save(result: Any, folder: str | Path, sample: int = 0, *, base_model_name_or
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; a checkpoint is a folder")
     scaling = result.config.lora_alpha / result.config.lora_rank
-    ranks = {path: len(lora_a) for path, (lora_a, _) in adapters.items()}
-    rank = max(ranks.values())
-    others = {path: r for path, r in ranks.items() if r != rank}
+    rank = max(len(lora_a) for lora_a, _ in adapters.values())
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=_as_integer(scaling * rank),
-        rank_pattern=others,
-        alpha_pattern={path: _as_integer(scaling * r) for path, r in others.items()},
         base_model_name_or_path=base_model_name_or_path,
         inference_mode=True,
     )
     config.target_modules = list(adapters)  # after the constructor, which makes a set: the same file every time
     tensors = {}
     for path, matrices in adapters.items():
+        missing = rank - len(matrices[0])  # beside fused layers, which have n times the rank
+        matrices = F.pad(matrices[0], (0, 0, 0, missing)), F.pad(matrices[1], (0, missing))
         for kind, matrix in zip("AB", matrices, strict=True):
             tensors[f"{PREFIX}{path}.lora_{kind}.weight"] = (
                 matrix.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -288,6 +287,8 @@ def load(folder: str | Path, model: nn.Module, config: Any) -> tuple[Any, dict[s
             above 64 or an alpha that is not positive.
     """
     folder = Path(folder)
+    if hasattr(model, "get_base_model"):
+        raise ValueError("the model is a PeftModel already: give load the plain model that is tuned")
     told = _read_config(folder)
     rank, alpha = told.get("r"), told.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:

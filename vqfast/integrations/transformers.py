@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 TOWER_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder")
 BLOCK_LIST_NAMES = ("layers", "layer", "blocks")
+BLOCK_LISTS = (nn.ModuleList, nn.Sequential)
 FUSED_NAMES = ("qkv", "query_key_value")  # one layer whose output is query, key and value, one after another
 THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 Normalisation = tuple[Sequence[float], Sequence[float]]
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# By `model_type` of the vision configuration, where the published models and transformers' own defaults agree.
+# By `model_type` of the vision configuration, where published models agree.
 KNOWN_NORMALISATION: dict[str, Normalisation] = {
     "clip_vision_model": _CLIP,
     "idefics_vision": _CLIP,
@@ -71,7 +73,7 @@ class _Registered:
     normalisation: Normalisation | None
 
 
-_registered: dict[str, _Registered] = {}
+_registered: dict[type[nn.Module] | str, _Registered] = {}
 
 
 def register_vision_tower(
@@ -84,20 +86,22 @@ def register_vision_tower(
 ) -> None:
     """Say where the vision tower of a model class is, for models that are not in transformers. A later call replaces.
 
-    The model's forward takes `input_ids` and pixels and returns an output with `logits`; the tower's first argument is
-    pixels, images sample by sample: [N, C, H, W].
+    The model's forward takes `input_ids` and pixels and returns an output with `logits`. The tower's first argument is
+    pixels, images sample by sample: [N, C, H, W]; it gets all of them in one call, and its layers get the batch first.
 
     Args:
         model_class: the class, or its name where it is remote code. Subclasses are found, too.
         tower: path of the tower in the model, as "model.vision".
-        blocks: path in the tower of the ModuleList of its blocks; None: the longest that is named layers, layer or
-            blocks. Layers are targeted in it by name (`TuningConfig.lora_targets`); q_proj, k_proj and v_proj are also
-            found in a layer named qkv or query_key_value whose output holds them one after another.
+        blocks: path in the tower of the ModuleList (or Sequential) of its blocks; None: the longest that is named
+            layers, layer or blocks. Layers are targeted in it by name (`TuningConfig.lora_targets`); q_proj, k_proj and
+            v_proj are also found in a layer named qkv or query_key_value whose output holds the three one after
+            another, each as long as the input.
         pixel_argument: name of the pixels among the model's inputs.
         normalisation: (mean, std) of its pixels, per channel; None: from the processor file beside the model.
     """
-    name = model_class if isinstance(model_class, str) else model_class.__name__
-    _registered[name] = _Registered(tower, blocks, pixel_argument, normalisation)
+    if not isinstance(model_class, (str, type)):
+        raise TypeError(f"model_class must be a class or its name; got an instance of {type(model_class).__name__}")
+    _registered[model_class] = _Registered(tower, blocks, pixel_argument, normalisation)
 
 
 @dataclass(frozen=True)
@@ -166,13 +170,12 @@ def _returns_tensor(module: nn.Module) -> bool:
 
 
 def _decoder_layers(model: nn.Module, tower: VisionTower) -> tuple[nn.Module, ...]:
-    inside = set(tower.module.modules())
-    lists = [
-        tuple(m)
-        for path, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and path.rpartition(".")[2] == "layers" and m not in inside
-    ]
-    return max(lists, key=len, default=())
+    """Those of the model's own `get_decoder()`, not of a connector; none where it does not say."""
+    find = getattr(model, "get_decoder", None)
+    layers = getattr(find() if callable(find) else None, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or any(layer in tower.blocks for layer in layers):
+        return ()
+    return tuple(layers)
 
 
 def _last_rows(decoder_layers: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
@@ -187,8 +190,8 @@ def is_plain_linear(module: object) -> bool:
     """An nn.Linear with a forward and a floating-point weight of nn.Linear: not quantised, hooked or wrapped."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
-    weight = module.weight
-    return "forward" not in vars(module) and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    weight = module._parameters.get("weight")
+    return "forward" not in vars(module) and type(weight) is nn.Parameter and weight.is_floating_point()
 
 
 def find_vision_tower(
@@ -199,17 +202,22 @@ def find_vision_tower(
     Raises:
         ValueError: no tower, no layer matched, or the normalisation of its pixels is not known.
     """
-    known = next((_registered[c.__name__] for c in type(model).__mro__ if c.__name__ in _registered), None)
+    keys = (key for c in type(model).__mro__ for key in (c, c.__name__))
+    known = next((_registered[key] for key in keys if key in _registered), None)
     path, tower = _registered_tower(model, known) if known else _recognised_tower(model)
     list_path, block_list = _blocks(path, tower, known.blocks if known else None)
     if blocks and not block_list:
-        raise ValueError(
-            f"no blocks in the vision tower {path!r}: looked for a ModuleList named {', '.join(BLOCK_LIST_NAMES)}. "
-            "Say where they are: vqfast.register_vision_tower(..., blocks=...)"
+        there = ", ".join(sub for sub, m in tower.named_modules() if isinstance(m, BLOCK_LISTS) and len(m)) or "none"
+        wanted = (
+            f"named {', '.join(BLOCK_LIST_NAMES)}; say where they are: vqfast.register_vision_tower(..., blocks=...)"
         )
+        if known and known.blocks:
+            wanted = f"at {known.blocks!r}, as registered"
+        raise ValueError(f"no blocks in the vision tower {path!r}; its lists are {there}. Looked for one {wanted}")
     chosen = _targets(list_path, block_list, blocks, targets) if blocks else {}
-    given = normalisation or (known.normalisation if known else None) or _find_normalisation(model)
-    mean, std = _checked_normalisation(given)
+    if normalisation is None:
+        normalisation = (known.normalisation if known else None) or _find_normalisation(model)
+    mean, std = _checked_normalisation(normalisation)
     arguments = tuple(inspect.signature(type(tower).forward).parameters)[1:]
     pixel_argument = known.pixel_argument if known else "pixel_values"
     return VisionTower(path, tower, chosen, tuple(block_list), mean, std, arguments, pixel_argument)
@@ -236,18 +244,20 @@ def _registered_tower(model: nn.Module, known: _Registered) -> tuple[str, nn.Mod
     return known.tower, modules[known.tower]
 
 
-def _blocks(path: str, tower: nn.Module, registered: str | None) -> tuple[str, nn.ModuleList]:
+def _blocks(path: str, tower: nn.Module, registered: str | None) -> tuple[str, nn.ModuleList | nn.Sequential]:
     lists = [
         (f"{path}.{sub_path}", m)
         for sub_path, m in tower.named_modules()
-        if isinstance(m, nn.ModuleList)
+        if isinstance(m, BLOCK_LISTS)
         and len(m)
         and (sub_path.rpartition(".")[2] in BLOCK_LIST_NAMES if registered is None else sub_path == registered)
     ]
     return max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
 
 
-def _targets(list_path: str, block_list: nn.ModuleList, blocks: int, targets: Sequence[str]) -> dict[str, LoRATarget]:
+def _targets(
+    list_path: str, block_list: nn.ModuleList | nn.Sequential, blocks: int, targets: Sequence[str]
+) -> dict[str, LoRATarget]:
     if blocks > len(block_list):
         raise ValueError(f"lora_blocks = {blocks}, but the vision tower has {len(block_list)} blocks")
     found: dict[str, LoRATarget] = {}
@@ -260,7 +270,7 @@ def _targets(list_path: str, block_list: nn.ModuleList, blocks: int, targets: Se
             if name in targets:
                 found[f"{list_path}.{i}.{path}"] = LoRATarget(m)
                 missing.discard(name)
-            elif name in FUSED_NAMES and m.out_features % 3 == 0:
+            elif name in FUSED_NAMES and m.out_features == 3 * m.in_features:
                 thirds = tuple(THIRDS[target] for target in THIRDS if target in targets)
                 if thirds:
                     found[f"{list_path}.{i}.{path}"] = LoRATarget(m, thirds)
@@ -276,15 +286,14 @@ def _targets(list_path: str, block_list: nn.ModuleList, blocks: int, targets: Se
 
 def _takes_lora(module: nn.Module) -> bool:
     """A linear layer, quantised or wrapped by another library as it may be."""
-    return isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    )
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(size, int) for size in sizes) and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def _checked_normalisation(normalisation: Normalisation | Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    processor = getattr(normalisation, "image_processor", normalisation)
+    processor: Any = getattr(normalisation, "image_processor", normalisation)
     if hasattr(processor, "image_mean") and hasattr(processor, "image_std"):
-        normalisation = processor.image_mean, processor.image_std
+        normalisation = _if_normalised(processor.image_mean, processor.image_std, processor.do_normalize)
     try:
         mean, std = (tuple(float(value) for value in values) for values in normalisation)
     except TypeError as error:
@@ -292,9 +301,16 @@ def _checked_normalisation(normalisation: Normalisation | Any) -> tuple[tuple[fl
             f"normalisation must be the model's processor or (mean, std), a number per channel each; "
             f"got {normalisation}"
         ) from error
-    if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"normalisation must be (mean, std), as many of each, std above 0; got {normalisation}")
+    finite = all(math.isfinite(value) for value in (*mean, *std))
+    if len(mean) != len(std) or not finite or not all(value > 0 for value in std):
+        raise ValueError(
+            f"normalisation must be (mean, std), as many of each, finite, std above 0; got {normalisation}"
+        )
     return mean, std
+
+
+def _if_normalised(mean: Sequence[float], std: Sequence[float], normalised: bool | None) -> Normalisation:
+    return ([0.0] * len(mean), [1.0] * len(std)) if normalised is False else (mean, std)
 
 
 def _find_normalisation(model: nn.Module) -> Normalisation:
@@ -306,7 +322,7 @@ def _find_normalisation(model: nn.Module) -> Normalisation:
             content = json.loads(file.read_text())
             content = content.get("image_processor", content)
             if "image_mean" in content and "image_std" in content:
-                return content["image_mean"], content["image_std"]
+                return _if_normalised(content["image_mean"], content["image_std"], content.get("do_normalize", True))
     kind = getattr(getattr(config, "vision_config", None), "model_type", None)
     if kind in KNOWN_NORMALISATION:
         return KNOWN_NORMALISATION[kind]

@@ -85,11 +85,15 @@ def apply_presets(
         filtered.append(ops.lowrank_filter2d(raw, rows[samples], rows[samples], table[samples, 1]))
     gain, bias = torch.ones(len(presets), device=pixels.device), torch.zeros(len(presets), device=pixels.device)
     stretched = [i for i, preset in enumerate(presets) if preset.stretch]
-    if stretched and len(layout.groups) == 1:
+    if stretched and max(layout.counts) == 1 and len(layout.groups) == 1:
         gain[stretched], bias[stretched] = _stretch(filtered[0][stretched].flatten(1))
     elif stretched:
         for i in stretched:
-            own = [f.flatten() for (samples, _), f in zip(layout.groups, filtered, strict=True) if samples.start == i]
+            own = [
+                _picture(images[i - samples.start], f[i - samples.start], len(mean))
+                for (samples, images), f in zip(layout.groups, filtered, strict=True)
+                if samples.start <= i < samples.stop
+            ]
             gain[i], bias[i] = (tone[0] for tone in _stretch(torch.cat(own)[None]))
     result = []
     for (samples, images), raw in zip(layout.groups, filtered, strict=True):
@@ -100,6 +104,15 @@ def apply_presets(
             if preset.mix == 0 and not preset.stretch:  # bit for bit, not through a round of the normalisation
                 result[-1][i] = images[i]
     return Candidates(layout.restore(result), gain, bias)
+
+
+def _picture(images: Tensor, filtered: Tensor, channels: int) -> Tensor:
+    """Values of filtered tiles [n C, H, W] without what pads them: rows and columns of a tile that are constant."""
+    tiles, values = images.unflatten(0, (-1, channels)), filtered.unflatten(0, (-1, channels))
+    rows, columns = ((tiles.amax(axis) != tiles.amin(axis)).any(1) for axis in (-1, -2))  # [n, H], [n, W]
+    there = (rows[:, :, None] & columns[:, None, :])[:, None].expand_as(values)
+    picture: Tensor = values[there] if bool(there.any()) else values.flatten()
+    return picture
 
 
 def _stretch(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 HALF_STEP = 0.5 / 255  # less than this outside [0, 1] is a rounding error of the normalisation
 GREY = ("1", "L", "LA", "I", "I;16", "I;16B")  # modes of Pillow
+LEAST_RAMP = 4  # pixels over which a scale can be told
 ROUNDS = 8  # of back-projection; the residual that a smaller image shows is right to 1 % after four
 
 
@@ -25,7 +26,8 @@ def filtered_original(
         low = resize(original),    y = original + r,    resize(y) = filter(low)
 
     with r found by back-projection: r <- r + enlarge(filter(low) - resize(original + r)). Whatever the processor crops
-    or pads, an engine that scales y down as the model's processor does sees the filtered image.
+    or pads, an engine that scales y down as the model's processor does sees the filtered image: to the scale of the
+    tiles, where a processor cuts some and adds the whole image at another.
 
     Args:
         behind_filter: raw pixels [1, 3, h, w] in [0, 1] -> filtered, not clamped.
@@ -66,6 +68,9 @@ def model_scale(processor: Any, size: tuple[int, int], normalisation: tuple[Tens
     """Pixels of an original of `size` (height, width) per pixel of what the processor makes of it, down and across.
 
     Found by giving the processor an image whose red rises to the right and whose green rises downwards.
+
+    Raises:
+        ValueError: there is too little of the image in the result.
     """
     import numpy as np
     from PIL import Image
@@ -76,6 +81,7 @@ def model_scale(processor: Any, size: tuple[int, int], normalisation: tuple[Tens
     ramp[..., 1] = np.linspace(0, 255, height)[:, None]
     image_processor = getattr(processor, "image_processor", processor)
     made = image_processor(images=[Image.fromarray(ramp)], return_tensors="pt")
+    made = {"pixel_values": made} if isinstance(made, Tensor) else made  # Idefics 1
     if "image_grid_thw" in made:
         _, rows, columns = made["image_grid_thw"][0].tolist()
         return height / (rows * image_processor.patch_size), width / (columns * image_processor.patch_size)
@@ -83,15 +89,28 @@ def model_scale(processor: Any, size: tuple[int, int], normalisation: tuple[Tens
     pixels = made["pixel_values"]
     tiles = pixels.reshape(-1, *pixels.shape[-3:]).float() * std + mean
     across, down = _slope(tiles[:, 0]), _slope(tiles[:, 1].mT)
+    if across is None or down is None:
+        raise ValueError(
+            f"an original of {height}x{width} pixels is too small or too long for this processor to tell its scale"
+        )
     return down * (height - 1), across * (width - 1)
 
 
-def _slope(tiles: Tensor) -> float:
-    """Rise per pixel along the rows of [N, h, w], in the finest of the tiles; leaves out padding, where it is flat."""
-    lag = max(1, tiles.shape[-1] // 4)
+def _slope(tiles: Tensor) -> float | None:
+    """Rise per pixel along the rows of [N, h, w], in the finest of the tiles: a line through where it rises steadily.
+
+    Padding is flat, and its border a jump.
+    """
     slopes = []
-    for rise in (tiles[..., lag:] - tiles[..., :-lag]) / lag:
-        usual = rise[rise > 0.5 * rise.max()].median()
-        if usual > 1 / 255 / lag:
-            slopes.append(float(rise[(rise / usual - 1).abs() < 0.1].mean()))  # many: single ones are in steps of 1/255
-    return min(slopes)
+    for tile in tiles:
+        rise = tile[:, 2:] - tile[:, :-2]
+        usual = rise[rise > 0.5 / 255].median() if bool((rise > 0.5 / 255).any()) else None
+        if usual is None:
+            continue
+        inside = (rise > 0.5 / 255) & (rise < 3 * usual + 2 / 255)
+        inside &= (tile[:, 1:-1] > 0.03) & (tile[:, 1:-1] < 0.97)  # not where resizing overshoots
+        column = torch.arange(1, tile.shape[1] - 1.0).expand_as(rise)[inside]
+        if len(column) and column.amax() - column.amin() >= LEAST_RAMP:
+            covariance = torch.cov(torch.stack([column, tile[:, 1:-1][inside]]))
+            slopes.append(float(covariance[0, 1] / covariance[0, 0]))
+    return min(slopes, default=None)

@@ -40,7 +40,7 @@ class Recorded:
     replay: Callable[[], None] | None = None
     outcome: Outcome | None = None
     report: Report | None = None  # as if the start were the untuned answer, which it is without a search
-    checks: Tensor | None = None  # [3]
+    checks: Tensor | None = None  # [4]
 
     def fill(self, inputs: dict[str, Any]) -> None:
         for name, value in inputs.items():

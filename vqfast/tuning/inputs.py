@@ -13,7 +13,7 @@ from vqfast.tuning.step import PIXELS, Subject, is_fixed
 
 GRID = "image_grid_thw"
 IGNORED = -100  # a label that does not count
-REFUSED = ("past_key_values", "labels", "inputs_embeds", "vision_feature_layer", "pixel_values_videos")
+REFUSED = ("past_key_values", "labels", "inputs_embeds", "vision_feature_layer", "pixel_values_videos", "return_loss")
 PIXEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,7 +36,7 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], t
             raise ValueError(f"{argument} must be {shape}; got {list(value.shape)}")
         if argument == "input_ids" and value.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids must be token ids, int64 or int32; got {value.dtype}")
-    inputs = {PIXELS if n == name else n: value for n, value in without_labels(inputs).items()}
+    inputs = {PIXELS if n == name else n: value for n, value in cleaned(inputs).items()}
     if refused := [n for n in REFUSED if inputs.get(n) is not None]:
         raise ValueError(f"tune takes no {refused[0]}: pass the processor's output for images and text alone")
     for argument, value in inputs.items():
@@ -46,16 +46,24 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], t
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}")
+    positions = inputs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() > 2:
+        raise ValueError(
+            f"position_ids must be [B, L]; got {list(positions.shape)}. Leave them out: the model makes them"
+        )
     plain = {n: _plain(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     return plain, _images_per_sample(subject, plain)
 
 
-def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs without labels none of which count: PaliGemma's processor gives them with every prompt."""
+def cleaned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with sizes as a tensor, and without labels none of which count: PaliGemma's processor gives such."""
+    result = dict(inputs)
     labels = inputs.get("labels")
-    if not isinstance(labels, Tensor) or bool((labels != IGNORED).any()):
-        return inputs
-    return {name: value for name, value in inputs.items() if name != "labels"}
+    if isinstance(labels, Tensor) and not bool((labels != IGNORED).any()):
+        del result["labels"]
+    if isinstance(sizes := inputs.get("image_sizes"), (list, tuple)):
+        result["image_sizes"] = torch.tensor(sizes)
+    return result
 
 
 def _check_pixels(subject: Subject, name: str, inputs: dict[str, Any]) -> None:
@@ -63,7 +71,12 @@ def _check_pixels(subject: Subject, name: str, inputs: dict[str, Any]) -> None:
     if pixels.dtype not in PIXEL_DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in PIXEL_DTYPES)
         raise TypeError(f"{name} must be floating point, {accepted}; got {pixels.dtype}. Convert them: .float()")
-    flattened = inputs.get(GRID) is not None
+    grid = inputs.get(GRID)
+    flattened = grid is not None
+    if flattened:
+        _check_grid(subject, grid)
+    if GRID in subject.arguments and not flattened:
+        raise ValueError(f"{GRID} is missing: the model's processor gives it beside {name}")
     if pixels.dim() < 4 and not flattened:
         raise ValueError(
             f"{name} must be [B, C, H, W], tiles [B, T, C, H, W], or flattened patches with {GRID}; "
@@ -76,6 +89,16 @@ def _check_pixels(subject: Subject, name: str, inputs: dict[str, Any]) -> None:
         )
     if not flattened and pixels.shape[-3] != channels:
         raise ValueError(f"{name} must have {channels} channels, as the normalisation; got {pixels.shape[-3]}")
+
+
+def _check_grid(subject: Subject, grid: Any) -> None:
+    if not isinstance(grid, Tensor) or grid.is_floating_point() or grid.dim() != 2 or grid.shape[1] != 3:
+        given = f"{grid.dtype} {list(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
+        raise TypeError(f"{GRID} must be an integer tensor [images, 3]: frames, height, width in patches; got {given}")
+    merge: Any = getattr(subject.tower.module, "spatial_merge_size", 1)
+    rows = grid.tolist()
+    if any(t != 1 or h < 1 or w < 1 or h % merge or w % merge for t, h, w in rows):
+        raise ValueError(f"{GRID} must be 1 frame, height and width in multiples of {merge}; got {rows}")
 
 
 def _images_per_sample(subject: Subject, inputs: dict[str, Any]) -> tuple[int, ...]:
@@ -95,7 +118,10 @@ def _images_per_sample(subject: Subject, inputs: dict[str, Any]) -> tuple[int, .
             return (1,) * samples
         if sizes is not None:
             return _tiles(subject, sizes, samples)
-        return tuple((pixels != 0).flatten(2).any(-1).sum(-1).tolist())  # models drop tiles that are all zero
+        if getattr(subject.model.config, "model_type", None) == "idefics":  # keeps all of them
+            return (pixels.shape[1],) * samples
+        counts = tuple((pixels != 0).flatten(2).any(-1).sum(-1).tolist())  # models drop tiles that are all zero
+        return _none_missing(counts)
     extent = grid if sizes is None else sizes
     if given == samples and extent is None:
         return (1,) * samples
@@ -134,9 +160,13 @@ def _by_tokens(subject: Subject, ids: Tensor, size: list[float]) -> tuple[int, .
                 f"the prompts' image tokens {tokens} cannot be shared out among {len(size)} images: "
                 "pass the processor's output as it is"
             )
+    return _none_missing(tuple(counts))
+
+
+def _none_missing(counts: tuple[int, ...]) -> tuple[int, ...]:
     if 0 in counts:
         raise ValueError(f"sample {counts.index(0)} has no image; every sample is tuned on one at least")
-    return tuple(counts)
+    return counts
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -144,17 +174,26 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def value_checks(subject: Subject, inputs: dict[str, Any]) -> Tensor:
-    """What `check_values` wants to know of the inputs' values: [2], float32, on their device."""
+    """What `check_values` wants to know of the inputs' values: [3], float32, on their device."""
     total = inputs[PIXELS].sum(dtype=torch.float32)  # not finite where one pixel is not
     mask = inputs.get("attention_mask") if subject.answers else None
     ends = mask[:, -1].all().float() if isinstance(mask, Tensor) else torch.ones_like(total)
-    return torch.stack([total, ends])
+    alike = torch.ones_like(total)  # an image each: as many image tokens in every prompt
+    if subject.answers and subject.image_token is not None and is_fixed(inputs, len(inputs["input_ids"])):
+        tokens = (inputs["input_ids"] == subject.image_token).sum(-1)
+        alike = (tokens == tokens[0]).all().float()
+    return torch.stack([total, ends, alike])
 
 
 def check_values(values: Sequence[float]) -> None:
     """Raises ValueError for `value_checks`, read, of inputs that cannot be tuned on."""
-    total, padded_left = values
+    total, padded_left, alike = values
     if not math.isfinite(total):
         raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
     if not padded_left:
         raise ValueError("prompts must be padded on the left: processor.tokenizer.padding_side = 'left'")
+    if not alike:
+        raise ValueError(
+            "prompts with one image each must have as many image tokens each; some have more or fewer: pass the "
+            "processor's output as it is, every sample with an image"
+        )

@@ -81,7 +81,7 @@ def patched(tower: VisionTower, state: EpisodeState, images: tuple[int, ...]) ->
     Args:
         images: of each sample; the tower may be given a common multiple of them, sample by sample.
     """
-    layout: Layout
+    layout: Layout | None = None
 
     def filter_pixels(found: Layout, pixels: Tensor) -> Tensor:
         nonlocal layout
@@ -92,16 +92,23 @@ def patched(tower: VisionTower, state: EpisodeState, images: tuple[int, ...]) ->
         original = None if is_plain_linear(layer) else layer.forward
 
         def forward(x: Tensor) -> Tensor:
+            if layout is None:
+                raise ValueError(
+                    f"the vision tower {tower.path!r} was not called, but its layers were: register the module whose "
+                    "forward gets the pixels"
+                )
             offsets: Tensor | None = None
             rows = x
             if not layout.alike:
                 rows = x.reshape(-1, x.shape[-1])
                 offsets = layout.row_offsets(len(rows), x.device)
             elif x.shape[0] != state.samples:
-                if layout.rows is None and x.shape[0] % state.samples:
+                images = sum(layout.counts)
+                sequence_first = x.dim() == 3 and x.shape[0] != images == x.shape[1] and state.samples > 1
+                if layout.rows is None and (x.shape[0] % state.samples or sequence_first):
                     raise ValueError(
-                        f"the vision tower packs {state.samples} samples into {x.shape[0]} rows of patches, and LoRA "
-                        "cannot tell whose they are: tune one sample at a time"
+                        f"a layer in the vision tower gets {list(x.shape)} for {images} images of {state.samples} "
+                        "samples, and LoRA cannot tell whose rows are whose: tune one sample at a time"
                     )
                 rows = x.reshape(state.samples, -1, x.shape[-1])
             return adapter.forward(rows, offsets, original).view(*x.shape[:-1], -1)
@@ -129,7 +136,7 @@ def lean(shortcuts: Shortcuts, positions: int, *, same_pixels: bool = False) -> 
     conv = shortcuts.patch_embedding
     if conv is not None and not is_hooked(conv):
         embed = _patch_product(conv)
-        replacements[conv] = _once(embed) if same_pixels else embed
+        replacements[conv] = _once_per_tensor(embed) if same_pixels else embed
     for block in shortcuts.unused_blocks:
         replacements[block] = _first_argument
     for module in shortcuts.last_rows if not any(map(is_hooked, shortcuts.last_rows)) else ():
@@ -170,6 +177,19 @@ def _once(function: Forward) -> Forward:
         if not kept:
             kept.append(function(*args, **kwargs))
         return copy.copy(kept[0])  # CLIP writes into what its text tower gives back
+
+    return forward
+
+
+def _once_per_tensor(function: Forward) -> Forward:
+    """`function` of a tensor in the same place is that of before: its values must not have changed."""
+    kept: dict[Any, tuple[Tensor, Any]] = {}  # with the tensors, so that no other takes their place
+
+    def forward(image: Tensor) -> Any:
+        key = image.data_ptr(), image.shape, image.dtype
+        if key not in kept:
+            kept[key] = image, function(image)
+        return kept[key][1]
 
     return forward
 

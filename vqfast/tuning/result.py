@@ -54,6 +54,7 @@ class TuningResult:
     pixels: Tensor = field(repr=False)  # the tensor that was given
     images: tuple[int, ...] = field(repr=False)  # of each sample
     normalisation: tuple[Tensor, Tensor] = field(repr=False)  # mean and std of the pixels, [C]
+    plain: bool = field(repr=False)  # one image [C, H, W] per sample
     thirds: dict[str, tuple[int, ...]] = field(repr=False)  # of fused layers, by path: those with an adapter
     telemetry: Telemetry | None = None  # of `TestTimeTuner.profile`
 
@@ -85,29 +86,30 @@ class TuningResult:
             ValueError: the episode had no filter, or the scale of the original is not known.
             IndexError: no such sample.
         """
-        from PIL import Image
+        from PIL import Image as images
 
         if self.config.filter is None:
             raise ValueError("this episode had no filter (filter=None), so there is no filtered image")
         self._check_sample(sample)
-        plain = self.pixels.dim() == 4 and len(self.pixels) == len(self)
         if original is not None:
+            if not isinstance(original, images.Image):
+                raise TypeError(f"original must be a PIL image; got {type(original).__name__}")
             if processor is not None:
                 scale = model_scale(processor, (original.height, original.width), self.normalisation)
             else:
-                scale = self._own_scale(original, plain)
+                scale = self._own_scale(original)
             return filtered_original(original, lambda raw: self._behind_filter(sample, raw), scale)
-        if not plain:
+        if not self.plain:
             raise ValueError("this model takes an image as tiles or patches: pass original=image, processor=processor")
         mean, std = (values[:, None, None] for values in self.normalisation)
         raw = self._behind_filter(sample, self.pixels[sample : sample + 1].float() * std + mean)[0]
         clipped = ((raw < -HALF_STEP) | (raw > 1 + HALF_STEP)).float().mean().item()
         pixels = (raw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), clipped
+        return images.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), clipped
 
-    def _own_scale(self, original: Image, plain: bool) -> tuple[float, float]:
+    def _own_scale(self, original: Image) -> tuple[float, float]:
         scale = original.height / self.pixels.shape[-2], original.width / self.pixels.shape[-1]
-        if not plain or abs(scale[0] / scale[1] - 1) > 0.01:
+        if not self.plain or abs(scale[0] / scale[1] - 1) > 0.01:
             raise ValueError(
                 f"how an original of {original.height}x{original.width} pixels is scaled to pixels "
                 f"{list(self.pixels.shape)} is not known: pass processor=processor"

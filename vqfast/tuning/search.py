@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vqfast.integrations.layouts import Layout
 from vqfast.tuning.candidates import Preset, apply_presets, select
-from vqfast.tuning.patch import images_through, lean
+from vqfast.tuning.config import TuningConfig
+from vqfast.tuning.patch import images_through, lean, patched
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Forward, Prompt, Subject, forward
 from vqfast.tuning.stream import Stream
@@ -45,15 +46,15 @@ def search(subject: Subject, state: EpisodeState, prompt: Prompt, stream: Stream
             best = stream.choose(*tried.logits(), prompt.valid)
         state.begin()
         state.reset()
+        untuned = tried.forwards[0]
+        if tried.side is not None:  # the answer that an untuned forward gives is one to the whole image
+            with lean(subject.shortcuts, prompt.valid.shape[1]), patched(subject.tower, state, prompt.images):
+                untuned = forward(subject, prompt, entropy_alone=True)
         rows = torch.arange(prompt.samples, device=best.device)
         gain, bias = (tone[best, rows] for tone in (tried.gain, tried.bias))
         sigma, mix = torch.tensor([(p.sigma, p.mix) for p in presets], device=best.device)[best].unbind(-1)
         state.set_presets(sigma, mix, gain, bias)
         state.begin_here()
-        untuned = tried.forwards[0]
-        if tried.side is not None:  # the answer that a plain forward gives is one to the whole image
-            with lean(subject.shortcuts, prompt.valid.shape[1]):
-                untuned = forward(subject, prompt, entropy_alone=True)
     return Found(untuned, [presets[i] for i in best.tolist()], len(tried.forwards))
 
 
@@ -62,7 +63,7 @@ class _Tried:
 
     def __init__(self, subject: Subject, state: EpisodeState, prompt: Prompt, presets: Sequence[Preset]) -> None:
         self.subject, self.prompt, self.presets = subject, prompt, presets
-        self.normalisation = state.normalisation
+        self.normalisation, self.begin_from = state.normalisation, state.begin_from
         self.forwards: dict[int, Forward] = {}  # preset -> its forward, without a cache
         side = subject.config.search_resolution
         self.side = None if side is None or (prompt.plain and side >= min(prompt.pixels.shape[-2:])) else side
@@ -70,7 +71,9 @@ class _Tried:
 
     def evaluate(self, indices: Sequence[int]) -> None:
         prompt = self.prompt
-        at_once = max(1, IMAGES_AT_ONCE // sum(prompt.images))
+        flattened = prompt.pixels.dim() < 4
+        images = sum(prompt.images) if flattened else prompt.pixels.shape[:-3].numel()
+        at_once = max(1, IMAGES_AT_ONCE // images)
         for first in range(0, len(indices), at_once):
             part = list(indices[first : first + at_once])
             tried = self._forward(part)
@@ -98,12 +101,20 @@ class _Tried:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(lean(subject.shortcuts, wide.valid.shape[1]))
+            if self.begin_from:  # adapters under every preset
+                stack.enter_context(patched(subject.tower, self._adapters_alone(len(presets)), wide.images))
             stack.enter_context(images_through(subject.tower, wide.images, behind))
             if self.side is not None:
                 wide = fewer_tokens(subject, wide, self.side)
                 tower = subject.tower.module
                 stack.enter_context(tower.register_forward_pre_hook(_interpolated_positions, with_kwargs=True))
             return forward(subject, wide, entropy_alone=True)
+
+    def _adapters_alone(self, samples: int) -> EpisodeState:
+        config = self.subject.config
+        names = ("lora_rank", "lora_alpha", "lora_blocks", "lora_targets")
+        lora = TuningConfig(filter=None, **{name: getattr(config, name) for name in names})
+        return EpisodeState(lora, self.subject.tower.targets, self.normalisation, samples, self.begin_from)
 
 
 def _interpolated_positions(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -52,6 +52,7 @@ class EpisodeState:
     ) -> None:
         self.config = config
         self.samples = samples
+        self.begin_from = begin_from or {}
         self.normalisation = normalisation
         device = normalisation[0].device
         self.filter: GaussianFilter | LowRankFilter | SpectralGain | None = None
@@ -78,7 +79,7 @@ class EpisodeState:
             )
             for path, target in targets.items()
         }
-        self._lay_out(device, begin_from or {})
+        self._lay_out(device)
 
     def filtered(self, layout: Layout, pixels: Tensor) -> Tensor:
         """The pixels that are laid out so, normalised, behind their samples' filters."""
@@ -106,7 +107,7 @@ class EpisodeState:
         return torch.func.functional_call(self.filter, own, (images,), arguments)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _lay_out(self, device: torch.device, begin_from: Mapping[str, Tensor]) -> None:
+    def _lay_out(self, device: torch.device) -> None:
         rates: dict[float, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self._modules_parameters():
             rates.setdefault(self._rate(name, parameter), []).append((name, parameter))
@@ -122,8 +123,8 @@ class EpisodeState:
         for parameter, part in zip(parameters, _parts(self.values, parameters), strict=True):
             parameter.data = part.copy_(parameter)
         for name, parameter in self._all:
-            if name in begin_from:
-                parameter.copy_(begin_from[name])
+            if name in self.begin_from:
+                parameter.copy_(self.begin_from[name])
         self._gradients = _parts(self._gradient, parameters[: len(self._trained)])
         self._fresh = self._storage.clone()
         self.start = self._fresh[:total]

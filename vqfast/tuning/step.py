@@ -37,7 +37,7 @@ class Subject:
     tower: VisionTower
     shortcuts: Shortcuts
     config: TuningConfig
-    arguments: frozenset[str]  # names that the model's forward takes
+    arguments: frozenset[str]  # names that the model's forward takes, "**" where it takes any other
     forwards: dict[nn.Module, Callable[..., Any]]  # of frozen parts: compiled, or in bfloat16
 
     @property
@@ -53,6 +53,9 @@ class Subject:
     def answers(self) -> bool:
         """It takes a prompt and writes an answer; else it is a classifier of images, by texts or by itself."""
         return "input_ids" in self.arguments and not is_contrastive(self.model)
+
+    def takes(self, name: str) -> bool:
+        return name in self.arguments or "**" in self.arguments
 
     def call(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs under the model's own names."""
@@ -163,14 +166,20 @@ def _tail(subject: Subject, name: str, value: Tensor, answer: Tensor) -> Tensor:
 def run_model(subject: Subject, prompt: Prompt, *, keep_cache: bool = False) -> Any:
     """The model's output, with `logits` [B, n, V] at the answer positions alone."""
     positions = prompt.valid.shape[1]
-    options: dict[str, Any] = {"return_dict": True}
-    if subject.answers:
-        options["use_cache"] = keep_cache  # some models hand it on without naming it
+    options: dict[str, Any] = {}
+    if subject.takes("return_dict"):
+        options["return_dict"] = True
+    if subject.answers and subject.takes("use_cache"):  # some models hand it on without naming it
+        options["use_cache"] = keep_cache
     if "logits_to_keep" in subject.arguments:
         options["logits_to_keep"] = positions
     with replaced(subject.forwards):
         output = subject.model(**{**subject.call(prompt.inputs), **options})
-    logits = output.logits_per_image if is_contrastive(subject.model) else output.logits
+    name = "logits_per_image" if is_contrastive(subject.model) else "logits"
+    logits = getattr(output, name, None)
+    if not isinstance(logits, Tensor):
+        model = type(subject.model).__name__
+        raise TypeError(f"{model} must return an output with {name}, a tensor; it returned {type(output).__name__}")
     output.logits = logits[:, -positions:] if logits.dim() == 3 else logits[:, None]
     return output
 
@@ -254,6 +263,11 @@ def run(
             last = forward_for_gradient(subject, prompt, keep_cache=keep_cache and start is None, report=start is None)
             start = start or last
             mark("forward")
+            if not last.objective.requires_grad:
+                raise ValueError(
+                    f"the answer does not depend on what is tuned: is the vision tower {subject.tower.path!r} under "
+                    "torch.no_grad(), are its features detached, or does the model leave it out?"
+                )
             # A sample's objective depends on its own parameters only, so the sum gives each its own gradient.
             grads = torch.autograd.grad(last.objective.sum(), trained, allow_unused=True)
             if unreached := [name for name, grad in zip(names, grads, strict=True) if grad is None]:

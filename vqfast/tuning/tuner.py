@@ -21,7 +21,7 @@ from vqfast.integrations.transformers import Normalisation, VisionTower, find_sh
 from vqfast.tuning import graph, step
 from vqfast.tuning.candidates import IDENTITY, Preset
 from vqfast.tuning.config import TuningConfig
-from vqfast.tuning.inputs import check_values, checked, value_checks, without_labels
+from vqfast.tuning.inputs import check_values, checked, cleaned, value_checks
 from vqfast.tuning.low_precision import bfloat16_forwards, outdated
 from vqfast.tuning.patch import compiled_blocks, frozen, patched
 from vqfast.tuning.result import Report, TuningResult, read, report
@@ -33,7 +33,8 @@ from vqfast.tuning.telemetry import OperatorCalls, Telemetry, traced
 from vqfast.tuning.timing import PhaseTimer
 
 # Inputs that generation from a key-value cache has, or does without.
-CONTINUED = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "image_sizes", "pixel_attention_mask"}
+CONTINUED = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+CONTINUED |= {"image_sizes", "batch_num_images", "pixel_attention_mask"}
 STREAMS = 1024  # at most; one is a few kilobytes
 STREAM_CANDIDATES = 4  # presets per image; more are no better (docs/stream.md)
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class TestTimeTuner:
     forward of an episode is plain inference to rounding, and every sample of a batch is tuned by itself.
 
     Args:
-        model: a transformers vision-language model whose vision tower takes pixels [B, C, H, W], one image per sample.
+        model: a vision-language model or image classifier of transformers (docs/models.md), or a registered one.
         config: what is tuned and how far.
         normalisation: the model's processor, or (mean, std) per channel of its pixels. By default read from the
             processor file beside the model, or known from the kind of vision encoder.
@@ -84,10 +85,14 @@ class TestTimeTuner:
         begin_from: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config or TuningConfig()
+        if not isinstance(self.config, TuningConfig):
+            raise TypeError(f"config must be a vqfast.TuningConfig; got {type(config).__name__}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if any(p.is_inference() for p in model.parameters()):
             raise ValueError("the model was made inside torch.inference_mode(): load it outside, so gradients can pass")
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(f"{type(model).__name__} spreads batches over devices: pass model.module")
         if hasattr(model, "get_base_model"):
             raise ValueError(
                 f"{type(model).__name__} of peft does not say what it takes: pass model.get_base_model(), which has "
@@ -105,11 +110,17 @@ class TestTimeTuner:
         other = _tuners.get(tower.module)
         if other is not None and other() is not None:
             raise ValueError("this model already has a tuner; close it first: tuner.close()")
-        arguments = frozenset(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters.values()
+        arguments = frozenset("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
         shortcuts = find_shortcuts(model, tower)
         compiled = compiled_blocks(tower, shortcuts) if self.config.mode == "compile" else {}
         self._subject: Subject | None = Subject(model, tower, shortcuts, self.config, arguments, compiled)  # or closed
-        if not self._subject.answers and self.config.answer_tokens > 1:
+        if not self._subject.takes(tower.pixel_argument):
+            raise ValueError(
+                f"{type(model).__name__}.forward takes no {tower.pixel_argument}, only {', '.join(sorted(arguments))}: "
+                "vqfast.register_vision_tower(..., pixel_argument=...)"
+            )
+        if not (self._subject.answers and hasattr(model, "generate")) and self.config.answer_tokens > 1:
             raise ValueError(
                 f"answer_tokens must be 1 for {type(model).__name__}, which writes no answer; "
                 f"got {self.config.answer_tokens}"
@@ -181,9 +192,9 @@ class TestTimeTuner:
 
         Args:
             stream: name of the stream that the images belong to; with search_scope="stream", and "" where it is None.
-            inputs: what the processor returned: `input_ids` [B, L] (padded on the left), `pixel_values` [B, C, H, W]
-                (normalised, finite), `attention_mask` and whatever else the model takes. A classifier of images takes
-                `pixel_values` alone.
+            inputs: what the processor returned: `input_ids` [B, L] (padded on the left), `pixel_values` (normalised,
+                finite) as [B, C, H, W] or in its tiles or patches, `attention_mask` and whatever else the model takes.
+                A classifier of images takes `pixel_values` alone; a contrastive model the texts of the classes, too.
 
         Raises:
             TypeError, ValueError: inputs that do not fit.
@@ -217,8 +228,8 @@ class TestTimeTuner:
         """Tune on the inputs, then answer: token ids [B, L + new], or what `model.generate` is told to return.
 
         Generation continues from the key-value cache of the answer forward: the vision tower does not run again. With
-        beams or several sequences per sample, and for models with more inputs per token than a mask and positions
-        (Qwen, Mllama, Idefics 1), it starts anew on the tuned model.
+        beams or several sequences per sample, for models with more inputs per token than a mask and positions (Qwen,
+        Mllama, Idefics 1) and for those whose cache forgets (sliding windows), it starts anew on the tuned model.
 
         Args:
             max_new_tokens: longest answer; 32 unless this or a generation_config is given.
@@ -229,7 +240,7 @@ class TestTimeTuner:
         Raises:
             as `tune`, and as `model.generate`.
         """
-        inputs = without_labels(inputs)
+        inputs = cleaned(inputs)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         options = {name: value for name, value in inputs.items() if name not in tensors}
         options["generation_config"] = generation_config
@@ -319,6 +330,14 @@ class TestTimeTuner:
         with patched(subject.tower, state, result.images), self._backend():
             yield
 
+    def _begun(self, subject: Subject, images: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
+        """Where the model answers before it is tuned: with the values that episodes begin from."""
+        if self._begin_from is None or self.config.answer_tokens == 1:
+            return contextlib.nullcontext()
+        state = self._state(subject, len(images))
+        state.load(state.named(state.identity))
+        return patched(subject.tower, state, images)
+
     def _episode(
         self, subject: Subject, inputs: dict[str, Any], stream: str | None, *, keep_cache: bool = False
     ) -> tuple[TuningResult, Any]:
@@ -344,7 +363,8 @@ class TestTimeTuner:
         """An episode in which the model's code may run."""
         timer = PhaseTimer(subject.device, self._listener)
         check_values(value_checks(subject, inputs).tolist())
-        prompt = step.prepare(subject, inputs, images)
+        with self._begun(subject, images):
+            prompt = step.prepare(subject, inputs, images)
         if self._undecided or outdated(subject):
             subject = self._decide_frozen_dtype(subject, prompt)
         timer.mark("prepare")
@@ -391,6 +411,7 @@ class TestTimeTuner:
             config=self.config,
             pixels=prompt.pixels,
             images=prompt.images,
+            plain=prompt.plain,
             thirds={path: adapter.thirds for path, adapter in state.adapters.items() if adapter.thirds},
             normalisation=state.normalisation,
         )
@@ -488,6 +509,8 @@ def _checked_values(
         return None
     shapes = EpisodeState(config, tower.targets, tower.normalisation(torch.device("cpu")), 1).shapes()
     for name, value in values.items():
+        if config.candidates is not None and name.startswith("filter."):
+            raise ValueError(f"begin_from: {name} is set by the search; leave it out, or leave out candidates")
         if name not in shapes:
             raise ValueError(f"begin_from: {name!r} is not tuned here; there are {', '.join(shapes)}")
         given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
