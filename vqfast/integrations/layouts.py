@@ -5,6 +5,7 @@ Stacks of images or tiles, images padded to the largest of them, and images cut 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -36,7 +37,7 @@ class Layout:
     counts: tuple[int, ...]
     rows: tuple[int, ...] | None = None
 
-    @property
+    @functools.cached_property
     def alike(self) -> bool:
         """Every sample has as many rows."""
         return len(set(self.counts)) == 1 and len(set(self.rows or ())) <= 1
