@@ -272,6 +272,7 @@ def gemma3_inputs(batch):
 
 
 QWEN_TEXT = dict(TEXT, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2]))
+QWEN_VISION = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8, out_hidden_size=32)
 QWEN_TOKENS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
 
 
@@ -286,16 +287,7 @@ def qwen2_vl():
 
 def qwen2_5_vl():
     config = tf.Qwen2_5_VLConfig(
-        vision_config=dict(
-            depth=3,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=4,
-            patch_size=8,
-            out_hidden_size=32,
-            window_size=32,
-            fullatt_block_indexes=[1],
-        ),
+        vision_config=dict(**QWEN_VISION, window_size=32, fullatt_block_indexes=[1]),
         text_config=QWEN_TEXT,
         **QWEN_TOKENS,
     )
@@ -304,16 +296,7 @@ def qwen2_5_vl():
 
 def qwen3_vl():
     config = tf.Qwen3VLConfig(
-        vision_config=dict(
-            depth=3,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=4,
-            patch_size=8,
-            out_hidden_size=32,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
+        vision_config=dict(**QWEN_VISION, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
         text_config=dict(QWEN_TEXT, head_dim=8),
         **QWEN_TOKENS,
     )
