@@ -50,7 +50,7 @@ def change(batch: dict, name: str, f) -> dict:
 @pytest.mark.parametrize(
     ("name", "f", "error", "message"),
     [
-        ("pixel_values", lambda x: x * torch.nan, ValueError, "pixel_values contain NaN or infinite"),
+        ("pixel_values", lambda x: x * torch.nan, ValueError, "the pixels contain NaN or infinite"),
         ("pixel_values", lambda x: x[0], ValueError, r"pixel_values must be \[B, C, H, W\], .*; got \[3, 32, 32\]"),
         (
             "pixel_values",
@@ -72,6 +72,7 @@ def change(batch: dict, name: str, f) -> dict:
             r"attention_mask must have the shape of input_ids, \[5, 70\]",
         ),
         ("labels", lambda x: torch.zeros(5), ValueError, "tune takes no labels"),
+        ("max_new_tokens", lambda x: 3, TypeError, "max_new_tokens=3 is no input of LlavaForConditionalGeneration"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_left_applied(model, batch, name, f, error, message):

@@ -40,6 +40,11 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], t
     if refused := [n for n in REFUSED if inputs.get(n) is not None]:
         raise ValueError(f"tune takes no {refused[0]}: pass the processor's output for images and text alone")
     for argument, value in inputs.items():
+        if value is not None and not isinstance(value, Tensor) and argument not in subject.arguments:
+            raise TypeError(
+                f"{argument}={value!r} is no input of {type(subject.model).__name__}: tune takes what the processor "
+                "returned; options of generate go to TestTimeTuner.generate"
+            )
         if isinstance(value, Tensor) and value.device != subject.device:
             raise ValueError(f"{argument} is on {value.device}, the model on {subject.device}; move one of them")
     _check_pixels(subject, name, inputs)
@@ -189,7 +194,7 @@ def check_values(values: Sequence[float]) -> None:
     """Raises ValueError for `value_checks`, read, of inputs that cannot be tuned on."""
     total, padded_left, alike = values
     if not math.isfinite(total):
-        raise ValueError("pixel_values contain NaN or infinite values; check the image before the processor")
+        raise ValueError("the pixels contain NaN or infinite values; check the image before the processor")
     if not padded_left:
         raise ValueError("prompts must be padded on the left: processor.tokenizer.padding_side = 'left'")
     if not alike:
