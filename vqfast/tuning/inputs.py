@@ -67,7 +67,8 @@ def cleaned(inputs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(labels, Tensor) and not bool((labels != IGNORED).any()):
         del result["labels"]
     if isinstance(sizes := inputs.get("image_sizes"), (list, tuple)):
-        result["image_sizes"] = torch.tensor(sizes)
+        device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), None)
+        result["image_sizes"] = torch.tensor(sizes, device=device)
     return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqfast import ops
 from vqfast.integrations.layouts import Layout
-from vqfast.integrations.transformers import LoRATarget
+from vqfast.integrations.transformers import LoRATarget, VisionTower
 from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter, SpectralGain
 from vqfast.tuning.config import TuningConfig
 
@@ -233,6 +233,26 @@ class EpisodeState:
         self.filter.mix.copy_(mix)
         self.filter.gain.copy_(gain)
         self.filter.bias.copy_(bias)
+
+
+def checked_start(config: TuningConfig, tower: VisionTower, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of values to begin from, by parameter, of one sample each.
+
+    Raises:
+        ValueError: a name or shape that the configuration does not tune on this tower, or values that are not finite.
+    """
+    shapes = EpisodeState(config, tower.targets, tower.normalisation(torch.device("cpu")), 1).shapes()
+    for name, value in values.items():
+        if config.candidates is not None and name.startswith("filter."):
+            raise ValueError(f"begin_from: {name} is set by the search; leave it out, or leave out candidates")
+        if name not in shapes:
+            raise ValueError(f"begin_from: {name!r} is not tuned here; there are {', '.join(shapes)}")
+        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if given != (wanted := list(shapes[name][1:])):
+            raise ValueError(f"begin_from: {name} must be a tensor {wanted}; got {given}")
+        if not value.isfinite().all():
+            raise ValueError(f"begin_from: {name} has values that are not finite")
+    return {name: value.detach().clone() for name, value in values.items()}
 
 
 def _parts(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:

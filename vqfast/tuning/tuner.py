@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast import backends
-from vqfast.integrations.transformers import Normalisation, VisionTower, find_shortcuts, find_vision_tower
+from vqfast.integrations.transformers import Normalisation, find_shortcuts, find_vision_tower
 from vqfast.tuning import graph, step
 from vqfast.tuning.candidates import IDENTITY, Preset
 from vqfast.tuning.config import TuningConfig
@@ -26,7 +26,7 @@ from vqfast.tuning.low_precision import bfloat16_forwards, outdated
 from vqfast.tuning.patch import compiled_blocks, frozen, patched
 from vqfast.tuning.result import Report, TuningResult, read, report
 from vqfast.tuning.search import search
-from vqfast.tuning.state import EpisodeState
+from vqfast.tuning.state import EpisodeState, checked_start
 from vqfast.tuning.step import Subject
 from vqfast.tuning.stream import Stream
 from vqfast.tuning.telemetry import OperatorCalls, Telemetry, traced
@@ -125,7 +125,7 @@ class TestTimeTuner:
                 f"answer_tokens must be 1 for {type(model).__name__}, which writes no answer; "
                 f"got {self.config.answer_tokens}"
             )
-        self._begin_from = _checked_values(self.config, tower, begin_from)
+        self._begin_from = begin_from and checked_start(self.config, tower, begin_from)
         self._lock = threading.Lock()
         self._owner: int | None = None  # thread that holds the lock
         self._uncapturable: str | None = None  # why a CUDA graph could not be made
@@ -500,22 +500,3 @@ class TestTimeTuner:
                 yield self._subject
             finally:
                 self._owner = None
-
-
-def _checked_values(
-    config: TuningConfig, tower: VisionTower, values: Mapping[str, Tensor] | None
-) -> Mapping[str, Tensor] | None:
-    if values is None:
-        return None
-    shapes = EpisodeState(config, tower.targets, tower.normalisation(torch.device("cpu")), 1).shapes()
-    for name, value in values.items():
-        if config.candidates is not None and name.startswith("filter."):
-            raise ValueError(f"begin_from: {name} is set by the search; leave it out, or leave out candidates")
-        if name not in shapes:
-            raise ValueError(f"begin_from: {name!r} is not tuned here; there are {', '.join(shapes)}")
-        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if given != (wanted := list(shapes[name][1:])):
-            raise ValueError(f"begin_from: {name} must be a tensor {wanted}; got {given}")
-        if not value.isfinite().all():
-            raise ValueError(f"begin_from: {name} has values that are not finite")
-    return {name: value.detach().clone() for name, value in values.items()}
