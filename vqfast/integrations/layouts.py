@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Layout:
     restore: Callable[[list[Tensor]], Tensor]
     counts: tuple[int, ...]
     rows: tuple[int, ...] | None = None
+    _offsets: dict[int, Tensor] = field(default_factory=dict, repr=False)  # every layer asks for the same
 
     @functools.cached_property
     def alike(self) -> bool:
@@ -48,13 +49,16 @@ class Layout:
         Raises:
             ValueError: the tower does not have that many rows, or not as many for each image.
         """
+        if rows in self._offsets:
+            return self._offsets[rows]
         images = sum(self.counts)
         of_image = self.rows or (rows // images,) * images
         ends = list(accumulate(of_image, initial=0))
         if ends[-1] != rows:
             raise ValueError(f"a layer in the vision tower has {rows} rows for images of {ends[-1]} patches")
         samples = accumulate(self.counts, initial=0)
-        return torch.tensor([ends[image] for image in samples], dtype=torch.int32, device=device)
+        self._offsets[rows] = torch.tensor([ends[image] for image in samples], dtype=torch.int32, device=device)
+        return self._offsets[rows]
 
 
 def layout_of(tower: nn.Module, pixels: Tensor, arguments: dict[str, Any], counts: tuple[int, ...]) -> Layout:

@@ -36,8 +36,6 @@ def filtered_original(
     Returns:
         An image of the original's size; grey if it is grey, else RGB; with its colour profile where that fits.
     """
-    from PIL import Image
-
     from vqfast.images import to_rgb
 
     rgb = to_rgb(original)
@@ -49,13 +47,20 @@ def filtered_original(
     result = raw
     for _ in range(1 if small == full else ROUNDS):
         result = result + _resized(wanted - _resized(result, small), full)
-    clipped = ((result < -HALF_STEP) | (result > 1 + HALF_STEP)).float().mean().item()
-    values = (result.clamp(0, 1) * 255).round().to(torch.uint8)[0].permute(1, 2, 0).contiguous()
-    exported = Image.frombytes("RGB", rgb.size, values.numpy().tobytes())
+    exported, clipped = as_image(result[0])
     exported = exported.convert("L") if rgb.info["mode"] in GREY else exported
     if (profile := rgb.info.get("icc_profile")) is not None:
         exported.info["icc_profile"] = profile
     return exported, clipped
+
+
+def as_image(raw: Tensor) -> tuple[Image, float]:
+    """Raw pixels [C, H, W], clamped to [0, 1], as an image in 8 bits, and the fraction of values that was clipped."""
+    from PIL import Image
+
+    clipped = ((raw < -HALF_STEP) | (raw > 1 + HALF_STEP)).float().mean().item()
+    pixels = (raw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), clipped
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from vqfast.integrations.layouts import stacked
 from vqfast.nn import GaussianFilter, SpectralGain, whole_lora_b
 from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
-from vqfast.tuning.export import HALF_STEP, filtered_original, model_scale
+from vqfast.tuning.export import as_image, filtered_original, model_scale
 from vqfast.tuning.state import EpisodeState
 from vqfast.tuning.step import Forward, Outcome
 from vqfast.tuning.telemetry import Telemetry
@@ -102,10 +102,7 @@ class TuningResult:
         if not self.plain:
             raise ValueError("this model takes an image as tiles or patches: pass original=image, processor=processor")
         mean, std = (values[:, None, None] for values in self.normalisation)
-        raw = self._behind_filter(sample, self.pixels[sample : sample + 1].float() * std + mean)[0]
-        clipped = ((raw < -HALF_STEP) | (raw > 1 + HALF_STEP)).float().mean().item()
-        pixels = (raw.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        return images.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), clipped
+        return as_image(self._behind_filter(sample, self.pixels[sample : sample + 1].float() * std + mean)[0])
 
     def _own_scale(self, original: Image) -> tuple[float, float]:
         scale = original.height / self.pixels.shape[-2], original.width / self.pixels.shape[-1]
