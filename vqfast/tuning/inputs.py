@@ -40,7 +40,7 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], t
     if refused := [n for n in REFUSED if inputs.get(n) is not None]:
         raise ValueError(f"tune takes no {refused[0]}: pass the processor's output for images and text alone")
     for argument, value in inputs.items():
-        if value is not None and not isinstance(value, Tensor) and argument not in subject.arguments:
+        if value is not None and not isinstance(value, Tensor) and not _is_input(subject, argument):
             raise TypeError(
                 f"{argument}={value!r} is no input of {type(subject.model).__name__}: tune takes what the processor "
                 "returned; options of generate go to TestTimeTuner.generate"
@@ -58,6 +58,13 @@ def checked(subject: Subject, inputs: dict[str, Any]) -> tuple[dict[str, Any], t
         )
     plain = {n: _plain(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     return plain, _images_per_sample(subject, plain)
+
+
+def _is_input(subject: Subject, name: str) -> bool:
+    """The model's forward takes it, by name or, unless it is an option of generate, among others that it hands on."""
+    from transformers import GenerationConfig
+
+    return name in subject.arguments or (subject.takes(name) and not hasattr(GenerationConfig(), name))
 
 
 def cleaned(inputs: dict[str, Any]) -> dict[str, Any]:
