@@ -19,6 +19,7 @@ from vqfast.testing.cases import Inputs
 
 COMPILED = "-compiled"  # ends the name of a peer that goes through torch.compile
 PLAIN = "plain"  # the frozen layer alone: what lora_linear adds to
+BLOCK = "block"  # the frozen block of a vision transformer that film_adapter follows
 
 
 class Peer(NamedTuple):
@@ -185,6 +186,28 @@ def peft_layer(inputs: Inputs, _: tuple[str, ...]) -> Call:
     return Call(functools.partial(layer, inputs["x"]), {"x": inputs["x"], "lora_a": a, "lora_b": b})
 
 
+# film_adapter
+
+
+def linears(x: Tensor, down: Tensor, up: Tensor, scale: Tensor, shift: Tensor, activation: str) -> Tensor:
+    """The same layers as torch.nn would run them."""
+    down, up, scale, shift = (t.to(x.dtype) for t in (down, up, scale, shift))
+    if scale.dim() == 2:
+        scale, shift = scale[:, None], shift[:, None]
+    return x + F.linear(getattr(F, activation)((1 + scale) * F.linear(x, down) + shift), up)
+
+
+def block(inputs: Inputs, _: tuple[str, ...]) -> Call:
+    """The block of a vision transformer that an adapter follows, frozen, heads of 64."""
+    x = inputs["x"] if inputs["x"].dim() == 3 else inputs["x"][None]
+    width = x.shape[-1]
+    layer = nn.TransformerEncoderLayer(
+        width, width // 64, 4 * width, activation="gelu", batch_first=True, norm_first=True, dtype=x.dtype
+    )
+    layer = layer.to(x.device).eval().requires_grad_(False)
+    return Call(lambda: layer(x).view_as(inputs["x"]), {"x": inputs["x"]})
+
+
 # spectral_gain2d
 
 
@@ -226,6 +249,11 @@ PEERS: dict[str, dict[str, Peer]] = {
         "vmap": eager(vmap),
         "bmm-compiled": compiled(bmm),
         PLAIN: eager(plain, leaves=("x",), itself=True),
+    },
+    "film_adapter": {
+        "linears": eager(linears),
+        "linears-compiled": compiled(linears),
+        BLOCK: Peer(block, itself=True),
     },
     "spectral_gain2d": {"rfft": Peer(rfft, itself=True)},
 }

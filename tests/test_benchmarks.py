@@ -17,7 +17,7 @@ from benchmarks.peers import PEERS, eager, log_softmax_entropy
 from benchmarks.rows import STEP, Benchmark, Row, rows
 from benchmarks.test_softmax_entropy import BENCHMARK
 from benchmarks.timing import ROUNDS, exponent
-from vqfast.testing.cases import linear_softmax_entropy, lora_linear, lowrank_filter2d, softmax_entropy
+from vqfast.testing.cases import film_adapter, linear_softmax_entropy, lora_linear, lowrank_filter2d, softmax_entropy
 
 SESSION = """
 import pytest
@@ -88,7 +88,7 @@ def test_header_names_what_stands_for_vqfast(session, monkeypatch):
 def test_unknown_names_are_errors_that_list_the_known(tmp_path):
     done = run_pytest("--collect-only", "--peer", "peft,dens", str(tmp_path))
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "--peer: no dens; known: addmm, bmm," in done.stderr
+    assert "--peer: no dens; known: addmm, block, bmm," in done.stderr
     with pytest.raises(pytest.UsageError, match="--backend: no gpu; known: reference, cpu"):
         conftest.names("--backend", ["gpu"], ("reference", "cpu"))
     assert conftest.names("--backend", ["cpu,reference", "cpu"], ("reference", "cpu")) == ["cpu", "reference", "cpu"]
@@ -123,6 +123,7 @@ def test_peers_are_right_on_small_cases():
     filters, head = lowrank_filter2d.OPERATOR, linear_softmax_entropy.OPERATOR
     own = lowrank_filter2d._case("own", (2, 3, 12, 14), 5, 2, own=True)
     shared_lora = lora_linear._case("rows", (6,), 16, 12, 4)
+    adapter = ("x", "down", "up", "scale", "shift")
     own_lora = lora_linear._case("own", (2, 6), 16, 12, 4, samples=2)
     for op, case, leaves, names in (
         (filters, filters.cases[0], ("taps_y", "taps_x", "mix"), ("dense", "separable", "slices")),
@@ -131,6 +132,8 @@ def test_peers_are_right_on_small_cases():
         (head, head.cases[0], ("hidden",), ("log_softmax",)),
         (lora_linear.OPERATOR, shared_lora, ("x", "lora_a", "lora_b"), ("addmm", "plain")),
         (lora_linear.OPERATOR, own_lora, ("x", "lora_a", "lora_b"), ("bmm", "vmap", "plain")),
+        *((film_adapter.OPERATOR, case, adapter, ("linears",)) for case in film_adapter.OPERATOR.cases[:5]),
+        (film_adapter.OPERATOR, film_adapter._case("block", (5,), 64, 4), adapter, ("block",)),
     ):
         for row in rows(Benchmark(op, leaves, BENCHMARK.work), case, names):
             gate.checked(row, row.implementation)

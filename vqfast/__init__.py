@@ -2,6 +2,7 @@
 
 from vqfast import nn, ops
 from vqfast.backends import BackendUnavailableError, backend, build_info, installed_version
+from vqfast.integrations.codec_adapters import CodecAdapters, insert_codec_adapters
 from vqfast.integrations.transformers import register_vision_tower
 from vqfast.tuning.candidates import Preset
 from vqfast.tuning.config import TuningConfig
@@ -12,6 +13,7 @@ __version__ = installed_version()
 
 __all__ = [
     "BackendUnavailableError",
+    "CodecAdapters",
     "Preset",
     "TestTimeTuner",
     "TuningConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "insert_codec_adapters",
     "nn",
     "ops",
     "register_vision_tower",

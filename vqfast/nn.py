@@ -280,3 +280,31 @@ def whole_lora_b(lora_b: Tensor, thirds: tuple[int, ...]) -> Tensor:
         for i, (third, part) in enumerate(zip(thirds, lora_b.split(length, -2), strict=True))
     ]
     return torch.stack(placed).sum(0) if len(placed) > 1 else placed[0]
+
+
+class CodecAdapter(nn.Module):
+    """Adapter behind a block of a vision encoder that is told how the image was compressed.
+
+        y = x + U gelu((1 + scale_c) o (D x) + shift_c)        (`ops.film_adapter`)
+
+    c is a row of two tables, one for every known codec and level, and row 0 for "unknown". U, scale and shift start at
+    0: y = x.
+
+    Args:
+        width, bottleneck: K and r: D [r, K], U [K, r].
+        conditions: known pairs of codec and level; the tables are [conditions + 1, r].
+
+    Source: universal adaptor of arXiv 2512.20901; bottleneck and FiLM are this project's form of it.
+    """
+
+    def __init__(self, width: int, bottleneck: int, conditions: int) -> None:
+        super().__init__()
+        bound = width**-0.5
+        self.down = nn.Parameter(torch.empty(bottleneck, width).uniform_(-bound, bound))
+        self.up = nn.Parameter(torch.zeros(width, bottleneck))
+        self.scale = nn.Parameter(torch.zeros(conditions + 1, bottleneck))
+        self.shift = nn.Parameter(torch.zeros(conditions + 1, bottleneck))
+
+    def forward(self, x: Tensor, condition: Tensor | int = 0) -> Tensor:
+        """[..., K] -> [..., K] under one row of the tables, or [B, M, K] with a row per sample, int64 [B]."""
+        return ops.film_adapter(x, self.down, self.up, self.scale[condition], self.shift[condition])

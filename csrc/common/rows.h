@@ -25,6 +25,33 @@ struct CacheLineAllocator {
 template <class T>
 using Buffer = std::vector<T, CacheLineAllocator<T>>;
 
+// A matrix [rows, width] whose rows are whole vectors: the tensor itself, or a copy with zeros behind every row.
+template <class T>
+class Rows {
+ public:
+  int64_t stride;
+  T* data;
+
+  Rows(T* tensor, int64_t rows, int64_t width)
+      : stride(whole_vectors(width)), data(tensor), tensor_(tensor), rows_(rows), width_(width) {
+    if (stride == width) return;
+    copy_.assign(rows * stride, T(0.f));
+    for (int64_t m = 0; m < rows; ++m) std::copy_n(tensor + m * width, width, copy_.data() + m * stride);
+    data = copy_.data();
+  }
+  Rows(const Rows&) = delete;
+  void write_back() const {
+    if (data != tensor_)
+      for (int64_t m = 0; m < rows_; ++m) std::copy_n(data + m * stride, width_, tensor_ + m * width_);
+  }
+  T* row(int64_t m) const { return data + m * stride; }
+
+ private:
+  T* tensor_;
+  int64_t rows_, width_;
+  Buffer<T> copy_;
+};
+
 inline void load_row(const float* source, float* row, int64_t n) { std::memcpy(row, source, n * sizeof(float)); }
 inline void store_row(const float* row, float* target, int64_t n) { std::memcpy(target, row, n * sizeof(float)); }
 

@@ -106,6 +106,10 @@ VQ_INLINE Pair<V> operator*(Pair<V> a, Pair<V> b) {
   return {a.low * b.low, a.high * b.high};
 }
 template <class V>
+VQ_INLINE Pair<V> operator/(Pair<V> a, Pair<V> b) {
+  return {a.low / b.low, a.high / b.high};
+}
+template <class V>
 VQ_INLINE void operator+=(Pair<V>& a, Pair<V> b) {
   a.low += b.low, a.high += b.high;
 }
@@ -134,7 +138,7 @@ VQ_INLINE void store(T* p, Pair<V> v) {
   store(p, v.low), store(p + sizeof(V) / 4, v.high);
 }
 
-// What loops use: load, store, broadcast, + - * +=, and
+// What loops use: load, store, broadcast, + - * / +=, and
 //   maximum(a, b): b where a is NaN;   zero_where_below(v, a, bound): 0 where a < bound, else v
 //   clamp_exponent(x): x, or kExpMin where it is smaller, so that 0 exp(-inf) is no NaN
 //   exp_nonpositive(x): exp(x) for x <= 0 to about 1 ulp, 0 below kExpMin; NaN stays NaN

@@ -9,40 +9,13 @@
 
 #include "common/lora_linear.h"
 
-#define VQ_LOOPS "cpu/lora_linear_loops.h"
+#define VQ_LOOPS "cpu/low_rank_loops.h"
 #include "common/each_target.h"
 
 namespace vqfast {
 namespace {
 
 constexpr int64_t kMinTaskSize = 1 << 15;  // values; below it a second thread costs more than it saves
-
-// A matrix [rows, width] whose rows are whole vectors: the tensor itself, or a copy with zeros behind every row.
-template <class T>
-class Rows {
- public:
-  int64_t stride;
-  T* data;
-
-  Rows(T* tensor, int64_t rows, int64_t width)
-      : stride(whole_vectors(width)), data(tensor), tensor_(tensor), rows_(rows), width_(width) {
-    if (stride == width) return;
-    copy_.assign(rows * stride, T(0.f));
-    for (int64_t m = 0; m < rows; ++m) std::copy_n(tensor + m * width, width, copy_.data() + m * stride);
-    data = copy_.data();
-  }
-  Rows(const Rows&) = delete;
-  void write_back() const {
-    if (data != tensor_)
-      for (int64_t m = 0; m < rows_; ++m) std::copy_n(data + m * stride, width_, tensor_ + m * width_);
-  }
-  T* row(int64_t m) const { return data + m * stride; }
-
- private:
-  T* tensor_;
-  int64_t rows_, width_;
-  Buffer<T> copy_;
-};
 
 // Consecutive rows of one sample.
 struct Run {
@@ -124,7 +97,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
       VQ_CALL(shrink, in.row(m), in.stride, rows, factors.row(sample * a.rank), factors.stride, a.rank, in.stride,
               shrunk + m * a.rank);
       if (plain) return;
-      VQ_CALL(expand, out.row(m), out.stride, rows, shrunk + m * a.rank, a.rank,
+      VQ_CALL(expand, out.row(m), out.row(m), out.stride, rows, shrunk + m * a.rank, a.rank,
               b.data() + sample * a.rank * out.stride, out.stride, out.stride);
     });
     if (!plain) out.write_back();
@@ -163,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& grad_, const Te
         VQ_CALL(shrink, dy.row(m), dy.stride, rows, b.data() + sample * a.rank * dy.stride, dy.stride, a.rank,
                 dy.stride, own);
         if (x_grad)
-          VQ_CALL(expand, dx.row(m), dx.stride, rows, own, a.rank, factors.row(sample * a.rank), factors.stride,
-                  dx.stride);
+          VQ_CALL(expand, dx.row(m), dx.row(m), dx.stride, rows, own, a.rank, factors.row(sample * a.rank),
+                  factors.stride, dx.stride);
       });
       if (x_grad) dx.write_back();
     }

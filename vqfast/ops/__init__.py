@@ -1,6 +1,7 @@
 """The operators. One folder each: contract, reference, public function; kernels in csrc/ (see CONTRIBUTING.md)."""
 
 from vqfast import _native
+from vqfast.ops.film_adapter.api import film_adapter
 from vqfast.ops.linear_softmax_entropy.api import linear_softmax_entropy
 from vqfast.ops.lora_linear.api import lora_linear
 from vqfast.ops.lowrank_filter2d.api import lowrank_filter2d
@@ -11,6 +12,7 @@ _native.load("cpu")
 
 __all__ = [
     "dct2",
+    "film_adapter",
     "linear_softmax_entropy",
     "lora_linear",
     "lowrank_filter2d",

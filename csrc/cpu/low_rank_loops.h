@@ -1,4 +1,4 @@
-// Loops of lora_linear over rows (common/each_target.h).
+// Loops of lora_linear and film_adapter over rows (common/each_target.h): a rank of r beside activations that are wide.
 
 // out[row][rank] = <x[row], factors[rank]> for Count rows of x and Ranks factors, at most kLanes sums
 template <int Count, int Ranks, class T>
@@ -22,10 +22,10 @@ VQ_INLINE void shrink_tile(const T* x, int64_t x_stride, const float* factors, i
     for (int r = 0; r < Ranks; ++r) out[m * out_stride + r] = found[m * Ranks + r];
 }
 
-// y[row] += sum_r weights[row][r] factors[r] for Count rows and Columns vectors
+// y[row] = base[row] + sum_r weights[row][r] factors[r] for Count rows and Columns vectors
 template <int Count, int Columns, class T>
-VQ_INLINE void expand_tile(T* y, int64_t y_stride, const float* weights, int64_t rank, const float* factors,
-                           int64_t stride) {
+VQ_INLINE void expand_tile(const T* base, T* y, int64_t y_stride, const float* weights, int64_t rank,
+                           const float* factors, int64_t stride) {
   Vec sums[Count][Columns] = {};
   for (int64_t r = 0; r < rank; ++r) {
     Vec factor[Columns];
@@ -40,33 +40,42 @@ VQ_INLINE void expand_tile(T* y, int64_t y_stride, const float* weights, int64_t
   for (int m = 0; m < Count; ++m)
 #pragma GCC unroll 16
     for (int c = 0; c < Columns; ++c) {
-      T* target = y + m * y_stride + c * kLanes;
-      store(target, load(target) + sums[m][c]);
+      const int64_t at = m * y_stride + c * kLanes;
+      store(y + at, load(base + at) + sums[m][c]);
     }
 }
 
-// sums[r] += sum_m weights[m][r] rows[m] for Ranks sums of Columns vectors, over all rows
+// sums[r] = sum_m weights[m][r] rows[m] for Ranks sums of Columns vectors, over all rows
 template <int Ranks, int Columns, class T>
 VQ_INLINE void outer_tile(const T* rows, int64_t row_stride, int64_t count, const float* weights, int64_t rank,
                           float* sums, int64_t stride) {
-  constexpr int64_t kAhead = 16;  // rows lie a page apart, which no hardware prefetcher follows
-  Vec total[Ranks][Columns] = {};
-  for (int64_t m = 0; m < count; ++m) {
-    Vec row[Columns];
+  constexpr int64_t kAhead = 16;     // rows lie a page apart, which no hardware prefetcher follows
+  constexpr int64_t kSumRows = 256;  // a sum of sums rounds less than one long sum
+  int64_t first = 0;
+  do {
+    Vec total[Ranks][Columns] = {};
+    const int64_t end = std::min(count, first + kSumRows);
+    for (int64_t m = first; m < end; ++m) {
+      Vec row[Columns];
 #pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c) {
-      row[c] = load(rows + m * row_stride + c * kLanes);
-      __builtin_prefetch(rows + (m + kAhead) * row_stride + c * kLanes);
+      for (int c = 0; c < Columns; ++c) {
+        row[c] = load(rows + m * row_stride + c * kLanes);
+        __builtin_prefetch(rows + (m + kAhead) * row_stride + c * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < Ranks; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < Columns; ++c) total[r][c] += broadcast(weights[m * rank + r]) * row[c];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Ranks; ++r)
 #pragma GCC unroll 16
-      for (int c = 0; c < Columns; ++c) total[r][c] += broadcast(weights[m * rank + r]) * row[c];
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Ranks; ++r)
-#pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c) store(sums + r * stride + c * kLanes, total[r][c]);
+      for (int c = 0; c < Columns; ++c) {
+        float* target = sums + r * stride + c * kLanes;
+        store(target, first ? load(target) + total[r][c] : total[r][c]);
+      }
+    first = end;
+  } while (first < count);
 }
 
 template <class T>
@@ -89,19 +98,22 @@ void shrink(const T* x, int64_t x_stride, int64_t rows, const float* factors, in
 }
 
 template <class T>
-void expand(T* y, int64_t y_stride, int64_t rows, const float* weights, int64_t rank, const float* factors,
-            int64_t stride, int64_t width) {
+void expand(const T* base, T* y, int64_t y_stride, int64_t rows, const float* weights, int64_t rank,
+            const float* factors, int64_t stride, int64_t width) {
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) {
     int64_t d = 0;
     for (; d + 4 * kLanes <= width; d += 4 * kLanes)
-      expand_tile<4, 4>(y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d, stride);
+      expand_tile<4, 4>(base + m * y_stride + d, y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d,
+                        stride);
     for (; d < width; d += kLanes)
-      expand_tile<4, 1>(y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d, stride);
+      expand_tile<4, 1>(base + m * y_stride + d, y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d,
+                        stride);
   }
   for (; m < rows; ++m)
     for (int64_t d = 0; d < width; d += kLanes)
-      expand_tile<1, 1>(y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d, stride);
+      expand_tile<1, 1>(base + m * y_stride + d, y + m * y_stride + d, y_stride, weights + m * rank, rank, factors + d,
+                        stride);
 }
 
 template <class T>
