@@ -313,12 +313,25 @@ def head_arguments(draw):
     return {"hidden": (rows, width), "weight": (classes, width), "bias": bias}, {}
 
 
+@st.composite
+def adapter_arguments(draw):
+    width, rank = draw(SIZES), draw(st.integers(1, 128))
+    lead, own = draw(st.lists(st.integers(0, 20), max_size=3)), ()
+    if draw(st.booleans()):
+        lead = [draw(st.integers(0, 3)), draw(st.integers(0, 40))]
+        own = (lead[0],)
+    shapes = {"x": (*lead, width), "down": (rank, width), "up": (width, rank)}
+    activation = draw(st.sampled_from(["gelu", "silu", "relu"]))
+    return shapes | {"scale": (*own, rank), "shift": (*own, rank)}, {"activation": activation}
+
+
 ARGUMENTS = {
     "lowrank_filter2d": filter_arguments(),
     "spectral_gain2d": gain_arguments(),
     "lora_linear": lora_arguments(),
     "softmax_entropy": entropy_arguments(),
     "linear_softmax_entropy": head_arguments(),
+    "film_adapter": adapter_arguments(),
 }
 LAYOUT = st.sampled_from(["contiguous", "every second", "transposed", "expanded"])
 

@@ -147,7 +147,7 @@ class _Call:
         self.samples = scale.shape[0] if scale.dim() == 2 else 1
         own = rows // max(1, self.samples)
         tile = 64 if x.element_size() == 2 and own >= 64 else 16  # rows of a program
-        column_tile = 64 if self.rank <= 64 else 32  # registers hold [2, r, BK] sums
+        column_tile = 64 if self.rank <= 32 else 32  # registers hold sums of [2, r, BK]
         blocks = triton.cdiv(own, tile)
         self.blocks, tiles = blocks * self.samples, triton.cdiv(width, column_tile)
         splits = triton.cdiv(multiprocessors(x), max(1, self.blocks))
@@ -155,7 +155,12 @@ class _Call:
         self.grid = self.blocks, triton.cdiv(tiles, steps)
         self.arguments = own, blocks, width, self.rank, tiles, steps
         self.tiles = dict(
-            KIND=activation, BM=tile, BK=column_tile, R=max(16, triton.next_power_of_2(self.rank)), num_warps=4
+            KIND=activation,
+            BM=tile,
+            BK=column_tile,
+            R=max(16, triton.next_power_of_2(self.rank)),
+            num_warps=4 if self.rank <= 64 else 8,
+            num_stages=3 if self.rank <= 32 else 2,
         )
 
 
