@@ -85,6 +85,19 @@ def test_parameters_alone(require_backend):
         assert torch.equal(ours, theirs)
 
 
+def test_many_rows(require_backend):
+    """Gradients of the adapter are sums over rows, which are summed in parts."""
+    require_backend("cpu", "film_adapter")
+    exact = {name: value.requires_grad_() for name, value in drawn(dtype=torch.float64, lead=(700,)).items()}
+    single = {name: value.detach().float().requires_grad_() for name, value in exact.items()}
+    found = [
+        torch.autograd.grad(film_adapter(**a, backend=b).square().sum(), list(a.values()))
+        for a, b in ((exact, "reference"), (single, "cpu"))
+    ]
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

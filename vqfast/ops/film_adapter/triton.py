@@ -66,7 +66,7 @@ def _film_adapter_fwd_kernel(
     if tl.program_id(1) == 0:
         tl.store(h + row * r + rank[None, :], shrunk, mask=here & ranked[None, :])
     a, _ = _activate(gain[None, :] * shrunk + offset[None, :], KIND)
-    a = tl.where(ranked[None, :], a, 0.0).to(x.dtype.element_ty)
+    a = a.to(x.dtype.element_ty)
     for i in range(steps):
         k = (tl.program_id(1) * steps + i) * BK + tl.arange(0, BK)
         inside = k < K
@@ -91,9 +91,8 @@ def _film_adapter_bwd_kernel(
     offset = tl.load(shift + sample * r + rank, mask=ranked, other=0.0)
     shrunk = tl.load(h + row * r + rank[None, :], mask=here & ranked[None, :], other=0.0)
     a, slope = _activate(gain[None, :] * shrunk + offset[None, :], KIND)
-    a = tl.where(here & ranked[None, :], a, 0.0).to(x.dtype.element_ty)  # rows that are not there have no dy to be 0 by
+    a = a.to(x.dtype.element_ty)  # rows that are not there have dy = 0
     dz = slope * _shrink(grad, row, here, K, up, r, 1, r, chunks, BM, BK, R)
-    dz = tl.where(here & ranked[None, :], dz, 0.0)
     if tl.program_id(1) == 0:
         at = modulation + tl.program_id(0).to(tl.int64) * 2 * r + rank  # [2, r]: dscale, dshift of these rows
         tl.store(at, tl.sum(dz * shrunk, 0), mask=ranked)
