@@ -15,10 +15,11 @@ test: .venv/installed .venv/quantisation
 	$(BIN)/python -m pytest -q
 	PYTHONPATH=.venv/quantisation $(BIN)/python -m pytest -q tests/models/test_quantised.py
 
-# Thousands of steps, calls from threads and random examples (docs/reliability.md).
+# Thousands of steps, calls from threads, random examples (docs/reliability.md), studies and a service on Ray.
 soak: .venv/installed
 	VQFAST_SOAK=1 $(BIN)/python -m pytest -q --durations=0 tests/soak tests/tuning/test_threads.py tests/tuning/test_fuzz.py
-	$(BIN)/pip install -q -c constraints.txt -r examples/serve/requirements.txt
+	$(BIN)/pip install -q -c constraints.txt -r examples/serve/requirements.txt 'ray[data]==2.60.0'
+	VQFAST_SOAK=1 $(BIN)/python -m pytest -q tests/soak/test_ray.py
 	$(BIN)/python -m pytest -q examples/serve
 
 lint: .venv/installed

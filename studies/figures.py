@@ -195,11 +195,16 @@ def draw_all(
 
 def write_page(path: Path, report: dict[str, Any], pictures: dict[str, Path]) -> None:
     """One HTML file with everything in it."""
+    encoded = {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()}
+    path.write_text(rendered("report.html.j2", **report, pictures=encoded, labels=LABELS))
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page from a template of this folder."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters |= {"percent": lambda x: f"{100 * x:.1f}", "points": lambda x: f"{100 * x:+.1f}", "spaced": spaced}
-    encoded = {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()}
-    path.write_text(page.get_template("report.html.j2").render(**report, pictures=encoded, labels=LABELS) + "\n")
+    return page.get_template(template).render(**values) + "\n"
 
 
 def print_report(report: dict[str, Any]) -> None:
