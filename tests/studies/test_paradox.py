@@ -84,7 +84,7 @@ def test_every_row_of_a_codec_has_the_rate_of_the_whole_sheet(folder, summary):
         rates = {
             row["bits_per_pixel"] for row in rows_of(folder) if row["severity"] == level and "jpeg" in row["condition"]
         }
-        assert rates == {units.compress_sheet(images, "jpeg", level)[1]}
+        assert rates == {units.compress_digits(images, "jpeg", level)[1]}
 
 
 def test_summary_is_that_of_the_rows(folder, summary):
