@@ -6,10 +6,20 @@ SOURCES := $(wildcard csrc/*/*)
 # a hundred times slower (docs/tuning.md).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test soak lint bench bench-check gpu clean
+.PHONY: demo study test soak lint bench bench-check gpu clean
 
 demo: .venv/installed
 	$(BIN)/python -m studies.demo
+
+# Half an hour: trains the adaptor and the six models of PRe, runs the paradox study, writes docs/results.md from it. A
+# killed paradox study goes on where it was.
+study: .venv/installed
+	$(BIN)/python -m studies.adaptor
+	$(BIN)/python -m studies.predictive
+	$(BIN)/python -m studies.paradox --methods '*' --methods codec_adaptor:out/studies/adaptor/adapters.safetensors
+	$(BIN)/python -m studies.paradox --out out/studies/paradox-predictive --models out/studies/predictive/with-0 \
+		--methods untuned
+	$(BIN)/python -m studies.results
 
 test: .venv/installed .venv/quantisation
 	$(BIN)/python -m pytest -q
