@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import gate, machine
+from benchmarks import test_cosine_alignment as cosine
 from benchmarks import test_film_adapter as film
 from benchmarks import test_linear_softmax_entropy as head
 from benchmarks import test_lora_linear as lora
@@ -46,6 +47,7 @@ BENCHMARKS = {
     lora.BENCHMARK: (PLAIN, "addmm", "bmm", "textbook-compiled", "bmm-compiled"),
     softmax.BENCHMARK: ("log_softmax", "log_softmax-compiled"),
     head.BENCHMARK: ("log_softmax", "log_softmax-compiled"),
+    cosine.BENCHMARK: ("cosine_similarity", "cosine_similarity-compiled"),
     film.BENCHMARK: ("linears", "linears-compiled"),
 }
 REHEARSED = ("k7r1", "radix_3_and_5", "rows_no_bias", "own", "rows", "one_position", "positions_bias")

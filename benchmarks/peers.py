@@ -111,6 +111,13 @@ def linear_log_softmax_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | No
     return log_softmax_entropy(F.linear(hidden, weight, bias))
 
 
+# cosine_alignment
+
+
+def cosine_similarity(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.cosine_similarity(prediction, target.detach(), dim=-1)
+
+
 # lora_linear
 
 
@@ -240,6 +247,10 @@ PEERS: dict[str, dict[str, Peer]] = {
     "linear_softmax_entropy": {
         "log_softmax": eager(linear_log_softmax_entropy),
         "log_softmax-compiled": compiled(linear_log_softmax_entropy),
+    },
+    "cosine_alignment": {
+        "cosine_similarity": eager(cosine_similarity),
+        "cosine_similarity-compiled": compiled(cosine_similarity),
     },
     "lora_linear": {
         "peft": Peer(peft_layer),

@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     gate,
     results,
+    test_cosine_alignment,
     test_linear_softmax_entropy,
     test_lora_linear,
     test_lowrank_filter2d,
@@ -19,7 +20,13 @@ from benchmarks import (
 from benchmarks.rows import STEP, Row
 from benchmarks.timing import SUPERLINEAR, exponent, in_turn
 
-OPERATORS = (test_lowrank_filter2d, test_softmax_entropy, test_linear_softmax_entropy, test_lora_linear)
+OPERATORS = (
+    test_lowrank_filter2d,
+    test_softmax_entropy,
+    test_linear_softmax_entropy,
+    test_lora_linear,
+    test_cosine_alignment,
+)
 CURVES = [
     pytest.param(module.BENCHMARK, list(cases), id=f"{module.BENCHMARK.op}-{axis}")
     for module in OPERATORS

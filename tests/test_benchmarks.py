@@ -17,7 +17,14 @@ from benchmarks.peers import PEERS, eager, log_softmax_entropy
 from benchmarks.rows import STEP, Benchmark, Row, rows
 from benchmarks.test_softmax_entropy import BENCHMARK
 from benchmarks.timing import ROUNDS, exponent
-from vqfast.testing.cases import film_adapter, linear_softmax_entropy, lora_linear, lowrank_filter2d, softmax_entropy
+from vqfast.testing.cases import (
+    cosine_alignment,
+    film_adapter,
+    linear_softmax_entropy,
+    lora_linear,
+    lowrank_filter2d,
+    softmax_entropy,
+)
 
 SESSION = """
 import pytest
@@ -130,6 +137,7 @@ def test_peers_are_right_on_small_cases():
         (filters, own, ("taps_y", "taps_x", "mix"), ("dense", "separable", "slices")),
         (softmax_entropy.OPERATOR, softmax_entropy.OPERATOR.cases[0], ("logits",), ("log_softmax",)),
         (head, head.cases[0], ("hidden",), ("log_softmax",)),
+        (cosine_alignment.OPERATOR, cosine_alignment.OPERATOR.cases[0], ("prediction",), ("cosine_similarity",)),
         (lora_linear.OPERATOR, shared_lora, ("x", "lora_a", "lora_b"), ("addmm", "plain")),
         (lora_linear.OPERATOR, own_lora, ("x", "lora_a", "lora_b"), ("bmm", "vmap", "plain")),
         *((film_adapter.OPERATOR, case, adapter, ("linears",)) for case in film_adapter.OPERATOR.cases[:5]),

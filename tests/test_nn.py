@@ -1,11 +1,14 @@
-"""Filters, gains and LoRA layers: exact identity at the start, folding of the normalisation, ranges."""
+"""Filters, gains, LoRA layers: exact identity at the start, folding of the normalisation, ranges. Predictive loss."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from vqfast import ops
-from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter, SpectralGain
+from vqfast import ops, zoo
+from vqfast.nn import GaussianFilter, LoRALinear, LowRankFilter, PredictiveHead, SpectralGain, predictive_loss
 
 FILTERS = [GaussianFilter, LowRankFilter]
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
@@ -136,3 +139,93 @@ def test_spectral_gain_interpolates_between_its_knots():
     image[0, 0, 0] = 1
     gained, plain = ops.dct2(module(image).detach()), ops.dct2(image)
     torch.testing.assert_close((gained / plain).flatten(), torch.tensor([1.0, 1.25, 1.5, 1.75, 2.0]))
+
+
+class Output(NamedTuple):
+    hidden_states: tuple[torch.Tensor, ...] | None
+
+
+@pytest.fixture
+def hidden_states():
+    """Three layers of two sequences of five positions, and which of them are visual."""
+    generator = torch.Generator().manual_seed(0)
+    states = tuple(torch.randn(2, 5, 8, generator=generator).requires_grad_() for _ in range(3))
+    return states, torch.tensor([[0, 1, 1, 0, 0], [0, 1, 0, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_predictive_loss_is_the_mean_over_visual_positions(layer, with_head, hidden_states):
+    states, visual = hidden_states
+    head = PredictiveHead(8) if with_head else None
+    loss = predictive_loss(Output(states), layer, visual, head)
+    predicted = head(states[layer][visual]) if with_head else states[layer][visual]
+    expected = -F.cosine_similarity(predicted, states[0][visual].detach(), dim=-1).mean()
+    torch.testing.assert_close(loss, expected)
+    leaves = [states[layer], *(head.parameters() if with_head else ())]
+    for actual, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_predictive_loss_leaves_target_and_text_without_gradient(hidden_states):
+    states, visual = hidden_states
+    predictive_loss(Output(states), 2, visual).backward()
+    assert states[0].grad is None
+    assert states[1].grad is None
+    assert states[2].grad.abs().amax(-1).gt(0).equal(visual)
+
+
+def test_predictive_head_is_two_layers_of_the_width():
+    head, x = PredictiveHead(8), torch.randn(2, 5, 8)
+    first, _, second = head
+    torch.testing.assert_close(head(x), F.gelu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias)
+    assert [tuple(p.shape) for p in head.parameters()] == [(8, 8), (8,), (8, 8), (8,)]
+
+
+def test_predictive_loss_of_a_head_under_autocast(hidden_states):
+    """The head then gives bfloat16 beside hidden states in float32."""
+    states, visual = hidden_states
+    head = PredictiveHead(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = predictive_loss(Output(states), 1, visual, head)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, predictive_loss(Output(states), 1, visual, head), rtol=0, atol=0.02)
+
+
+def test_predictive_loss_pulls_a_model_towards_its_input():
+    model, processor = zoo.load()
+    image, question, _ = zoo.questions("test")[0]
+    inputs = processor(images=image, text=question, return_tensors="pt")
+    visual = inputs["input_ids"] == model.config.image_token_id
+    parameters = [p.requires_grad_() for p in model.get_decoder().layers[0].parameters()]
+    losses = []
+    for _ in range(3):
+        loss = predictive_loss(model(**inputs, output_hidden_states=True), 1, visual)
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.sub_(0.1 * grad)
+    assert losses[0] > losses[1] > losses[2] > -1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            dict(model_output=Output(None)),
+            ValueError,
+            "no hidden_states; call the model with output_hidden_states=True",
+        ),
+        (dict(model_output=object()), ValueError, "output_hidden_states=True"),
+        (dict(layer=0), ValueError, "layer must be 1 to 2, counted as in hidden_states, whose 0 is the target; got 0"),
+        (dict(layer=3), ValueError, "got 3"),
+        (dict(layer=-1), ValueError, "got -1"),
+        (dict(visual_positions=torch.ones(2, 5)), TypeError, "visual_positions must be bool; got torch.float32"),
+        (dict(visual_positions=torch.ones(2, 4).bool()), ValueError, r"\[B, T\], .* \[2, 5\]; got \[2, 4\]"),
+        (dict(visual_positions=torch.zeros(2, 5).bool()), ValueError, "visual_positions has no True; leave the loss"),
+    ],
+)
+def test_predictive_loss_errors(change, error, message, hidden_states):
+    states, visual = hidden_states
+    with pytest.raises(error, match=message):
+        predictive_loss(**dict(model_output=Output(states), layer=1, visual_positions=visual) | change)

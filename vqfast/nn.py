@@ -1,6 +1,7 @@
 """Modules that own the tuned parameters: filters and gains in front of the vision encoder, LoRA on its linear layers.
 
-A module holds one set of parameters or, with `samples=B`, one set per sample of a batch of B.
+Such a module holds one set of parameters or, with `samples=B`, one set per sample of a batch of B. For training:
+predictive regularisation of the language model.
 """
 
 from __future__ import annotations
@@ -308,3 +309,64 @@ class CodecAdapter(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | int = 0) -> Tensor:
         """[..., K] -> [..., K] under one row of the tables, or [B, M, K] with a row per sample, int64 [B]."""
         return ops.film_adapter(x, self.down, self.up, self.scale[condition], self.shift[condition])
+
+
+class PredictiveHead(nn.Sequential):
+    """Two-layer MLP f(h) = W_2 GELU(W_1 h + b_1) + b_2 for `predictive_loss`: [..., d] -> [..., d], d = `width`.
+
+    Trained with the model, dropped at inference.
+
+    Source: predictive regularisation, arXiv 2603.20808; the width d of the hidden layer and GELU are this project's
+    reading.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+
+def predictive_loss(
+    model_output: object, layer: int, visual_positions: Tensor, head: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Predictive regularisation: how far a layer's visual tokens are from predicting the language model's input.
+
+        loss = -(1/N) sum_i cos(f(h^l_i), stopgrad(h^0_i)),    i over the N visual positions
+
+    -1 to 1, float32. Its gradient reaches the layers up to `layer`, and f. Every position is computed, so NaN or
+    infinity at any, visual or not, makes the loss NaN.
+
+    Args:
+        model_output: of a transformers model called with `output_hidden_states=True`: `hidden_states` holds h^0 to h^L,
+            [B, T, d] each.
+        layer: l, counted as in `hidden_states`: 1 to L. 0, the language model's input, is the target.
+        visual_positions: [B, T] bool, True where a visual token stands: `input_ids == model.config.image_token_id`.
+            On any device. That there is one at all is checked where the mask is: on a GPU that waits for it.
+        head: f, as `PredictiveHead`; None for the identity.
+
+    Raises:
+        ValueError: no hidden states, a layer out of range, a mask of another shape or without any True.
+        TypeError: a mask that is not bool.
+
+    Source: arXiv 2603.20808.
+    """
+    states: tuple[Tensor, ...] | None = getattr(model_output, "hidden_states", None)
+    if states is None:
+        raise ValueError("model_output has no hidden_states; call the model with output_hidden_states=True")
+    if not 1 <= layer < len(states):
+        raise ValueError(
+            f"layer must be 1 to {len(states) - 1}, counted as in hidden_states, whose 0 is the target; got {layer}"
+        )
+    hidden = states[layer]
+    if visual_positions.dtype != torch.bool:
+        raise TypeError(f"visual_positions must be bool; got {visual_positions.dtype}")
+    if visual_positions.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"visual_positions must be [B, T], the first axes of the hidden states, {list(hidden.shape[:-1])}; "
+            f"got {list(visual_positions.shape)}"
+        )
+    if not visual_positions.any():
+        raise ValueError("visual_positions has no True; leave the loss out for a batch without images")
+    prediction = hidden if head is None else head(hidden)
+    cosine = ops.cosine_alignment(prediction, states[0].to(prediction))
+    # All positions, weighted by 0 or 1: indexing would copy the rows of both, and wait for a GPU to count them.
+    weight = visual_positions.to(cosine)
+    return -(cosine * weight).sum() / weight.sum()

@@ -206,7 +206,7 @@ def test_every_output_is_written(op, case, backend, require_backend):
 
 @pytest.mark.parametrize(("op", "case", "backend"), FIRST_CASE)
 def test_autocast_policy(op, case, backend, require_backend):
-    """Matrix-product operators follow autocast; the filter and the entropy of given logits ignore it."""
+    """Matrix-product operators follow autocast; the filter, the entropy of given logits and the cosine ignore it."""
     require_backend(backend, op.name)
     inputs = op.inputs(case, torch.float32, device(backend))
     with torch.autocast(device(backend), torch.bfloat16):

@@ -325,6 +325,13 @@ def adapter_arguments(draw):
     return shapes | {"scale": (*own, rank), "shift": (*own, rank)}, {"activation": activation}
 
 
+@st.composite
+def row_arguments(draw):
+    # Of a few numbers the gradient may be all rounding, and is over their length: of one it is exactly 0.
+    shape = (*draw(st.lists(st.integers(0, 5), max_size=2)), draw(st.integers(8, 2100)))
+    return {"prediction": shape, "target": shape}, {}
+
+
 ARGUMENTS = {
     "lowrank_filter2d": filter_arguments(),
     "spectral_gain2d": gain_arguments(),
@@ -332,6 +339,7 @@ ARGUMENTS = {
     "softmax_entropy": entropy_arguments(),
     "linear_softmax_entropy": head_arguments(),
     "film_adapter": adapter_arguments(),
+    "cosine_alignment": row_arguments(),
 }
 LAYOUT = st.sampled_from(["contiguous", "every second", "transposed", "expanded"])
 
@@ -389,7 +397,8 @@ def test_operators_against_float64(op, data, dtype):
     for backend in on_cpu(op.name, op.kernels):
         actual, grads = result_and_gradients(op, inputs, names, backend, weights)
         assert actual.dtype == eager.dtype
-        assert_close_to_exact("result", actual, eager, exact, dtype)
+        if op.name != "cosine_alignment" or error(actual, exact) > cancelled:  # rows at right angles cancel, too
+            assert_close_to_exact("result", actual, eager, exact, dtype)
         for name, grad in grads.items():
             assert grad.dtype == inputs[name].dtype
             if error(grad, exact_grads[name]) > cancelled:

@@ -63,6 +63,7 @@ def normal(generator: torch.Generator | None, *shape: int, scale: float = 1.0) -
 
 def all_operators() -> tuple[OperatorCases, ...]:
     from vqfast.testing.cases import (
+        cosine_alignment,
         film_adapter,
         linear_softmax_entropy,
         lora_linear,
@@ -71,5 +72,13 @@ def all_operators() -> tuple[OperatorCases, ...]:
         spectral_gain2d,
     )
 
-    modules = (lowrank_filter2d, spectral_gain2d, lora_linear, softmax_entropy, linear_softmax_entropy, film_adapter)
+    modules = (
+        lowrank_filter2d,
+        spectral_gain2d,
+        lora_linear,
+        softmax_entropy,
+        linear_softmax_entropy,
+        film_adapter,
+        cosine_alignment,
+    )
     return tuple(module.OPERATOR for module in modules)

@@ -1,0 +1,1 @@
+"""One operator: contract.py (what it takes), reference.py (plain PyTorch), api.py (the public function)."""
