@@ -31,9 +31,7 @@ def few():
         patch.setattr(adaptor, "LEVELS", levels)
         names = tuple(f"{codec}:{level:g}" for codec in adaptor.SEEN for level in levels[codec])
         patch.setattr(adaptor, "LABELS", names)
-        patch.setattr(
-            adaptor, "SIZE", 32
-        )  # JPEG 2000 has a least size, which 8 images of 8x8 do not reach at any level
+        patch.setattr("studies.codecs.SCANNED", 32)  # sheets of a few 8x8 are JPEG 2000's smallest file at any level
         patch.setattr(bootstrap, "RESAMPLES", 20)
         patch.setattr(adaptor, "SIGNIFICANT", 1.1)  # every level counts as real where the ceiling is better at all
         yield

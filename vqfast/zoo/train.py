@@ -6,16 +6,17 @@ import argparse
 import math
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     CLIPImageProcessorPil,
@@ -90,12 +91,17 @@ def encode(processor: LlavaProcessor, question: str) -> list[int]:
     return ids
 
 
-def pack(processor: LlavaProcessor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lay the three questions of one image behind a single copy of its tokens, so that it is encoded once.
+class Packed(NamedTuple):
+    """The three questions of one image behind a single copy of its tokens, so that it is encoded once."""
 
-    Returns ids (length,) with a gap for each answer, attention mask (1, 1, length, length) in which a question sees
-    the image and itself only, positions (1, length) as if it stood alone, and the gaps' indices (3,).
-    """
+    ids: Tensor  # [length], with a gap for each answer
+    mask: Tensor  # [1, 1, length, length], attention: a question sees the image and itself only
+    positions: Tensor  # [1, length], as if each question stood alone
+    gaps: Tensor  # [3], where the answers go
+
+
+def pack(processor: LlavaProcessor) -> Packed:
+    """Lay the three questions behind one image."""
     encoded = [encode(processor, question) for question in QUESTIONS]
     prefix = encoded[0].index(IMAGE) + 64
     tails = [[*ids[prefix:], PAD] for ids in encoded]
@@ -104,7 +110,7 @@ def pack(processor: LlavaProcessor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = ((owner[:, None] == owner) | (owner == -1)).tril()
     positions = torch.tensor([*range(prefix), *chain(*(range(prefix, prefix + len(tail)) for tail in tails))])
     gaps = torch.tensor([len(tail) for tail in tails]).cumsum(0) + prefix - 1
-    return ids, mask[None, None], positions[None], gaps
+    return Packed(ids, mask[None, None], positions[None], gaps)
 
 
 def tensors(processor: LlavaProcessor, split: str) -> tuple[Tensor, Tensor]:
@@ -115,36 +121,80 @@ def tensors(processor: LlavaProcessor, split: str) -> tuple[Tensor, Tensor]:
     return images["pixel_values"], torch.tensor(answers).view(-1, len(QUESTIONS))
 
 
+def ask(
+    model: LlavaForConditionalGeneration, packed: Packed, images: Tensor, answers: Tensor | None = None, **options: Any
+) -> Any:
+    """One forward with the three questions on every image of (batch, 3, 32, 32); `options` go to the model.
+
+    The output's logits are (batch, 3, vocabulary), where the answers are expected; with `answers` (batch, 3) in the
+    gaps they are (batch, 6, vocabulary), then where `</s>` is.
+    """
+    ids, kept = packed.ids.repeat(len(images), 1), packed.gaps - 1
+    if answers is not None:
+        ids[:, packed.gaps] = answers
+        kept = torch.cat([kept, packed.gaps])
+    return model(
+        input_ids=ids,
+        pixel_values=images,
+        attention_mask=packed.mask.expand(len(images), -1, -1, -1),
+        position_ids=packed.positions,
+        logits_to_keep=kept,
+        use_cache=False,
+        **options,
+    )
+
+
+def language_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Mean cross entropy of the answers and of the `</s>` behind them, with label smoothing; logits of `ask`."""
+    targets = torch.cat([answers, torch.full_like(answers, EOS)], 1)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=SMOOTHING)
+
+
+def batches(count: int, steps: int) -> Tensor:
+    """Rows of `count` images for every step, (steps, 64): epoch after epoch, each in a random order."""
+    epochs = math.ceil(steps * BATCH / count)
+    return torch.cat([torch.randperm(count) for _ in range(epochs)])[: steps * BATCH].view(steps, BATCH)
+
+
+def fit(
+    parameters: Iterable[nn.Parameter],
+    losses: Iterable[Tensor],
+    steps: int,
+    rate: float,
+    warm_up: int = 100,
+    label: str = "",
+) -> list[float]:
+    """A step of AdamW for each of `steps` losses, which are computed one at a time; returns their values.
+
+    The learning rate rises to `rate` in `warm_up` steps and falls as a cosine; gradients are clipped to norm 1.
+    """
+    trained, values = list(parameters), []
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    for loss in tqdm(losses, label, total=steps, unit="step"):
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        values.append(loss.item())
+    return values
+
+
 def train(steps: int = STEPS, seed: int = 0) -> LlavaForConditionalGeneration:
     """Train from scratch; the seed fixes the weights bitwise on one machine with one number of threads."""
     torch.manual_seed(seed)
     processor, model = build_processor(), build_model()
     images, answers = tensors(processor, "train")
-    ids, mask, positions, gaps = pack(processor)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
-    epochs = math.ceil(steps * BATCH / len(images))
-    order = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])[: steps * BATCH].view(steps, BATCH)
-    for rows in tqdm(order, unit="step"):
-        packed = ids.repeat(BATCH, 1)
-        packed[:, gaps] = answers[rows]
-        logits = model(
-            input_ids=packed,
-            pixel_values=augment(images[rows]),
-            attention_mask=mask.expand(BATCH, -1, -1, -1),
-            position_ids=positions,
-            logits_to_keep=torch.cat([gaps - 1, gaps]),
-            use_cache=False,
-        ).logits
-        targets = torch.cat([answers[rows], torch.full((BATCH, len(gaps)), EOS)], 1)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    packed = pack(processor)
+
+    def losses() -> Iterator[Tensor]:
+        for rows in batches(len(images), steps):
+            yield language_loss(ask(model, packed, augment(images[rows]), answers[rows]).logits, answers[rows])
+
+    fit(model.parameters(), losses(), steps, RATE)
     model.eval()
     return model
 
