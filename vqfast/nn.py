@@ -308,6 +308,8 @@ class CodecAdapter(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | int = 0) -> Tensor:
         """[..., K] -> [..., K] under one row of the tables, or [B, M, K] with a row per sample, int64 [B]."""
+        if isinstance(condition, Tensor):
+            condition = condition.to(self.scale.device)
         return ops.film_adapter(x, self.down, self.up, self.scale[condition], self.shift[condition])
 
 

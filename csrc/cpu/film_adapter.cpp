@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_adapter_bwd(const Tensor
                                                                     const Tensor& h_, const Tensor& down,
                                                                     const Tensor& up, const Tensor& scale,
                                                                     const Tensor& shift, int64_t activation,
-                                                                    bool x_grad) {
+                                                                    bool x_grad, bool parameter_grads) {
   const Arguments a(x, down, up, scale, shift, activation);
   const Tensor grad = torch::stable::contiguous(grad_), h = torch::stable::contiguous(h_);
   STD_TORCH_CHECK(grad.scalar_type() == a.x.scalar_type() && grad.numel() == a.x.numel(),
@@ -127,9 +127,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_adapter_bwd(const Tensor
   check_float32(h, "h");
   STD_TORCH_CHECK(h.numel() == a.rows * a.rank, "h must be [..., r]");
   Tensor d_x = x_grad ? torch::stable::new_empty(a.x, a.x.sizes()) : torch::stable::new_empty(a.x, {0});
-  Tensor d_down = torch::stable::new_empty(a.down, a.down.sizes()), d_up = torch::stable::new_empty(a.up, a.up.sizes());
-  Tensor d_scale = torch::stable::new_empty(a.scale, a.scale.sizes());
-  Tensor d_shift = torch::stable::new_empty(a.shift, a.shift.sizes());
+  const auto like = [&](const Tensor& parameter) {
+    return parameter_grads ? torch::stable::new_empty(parameter, parameter.sizes())
+                           : torch::stable::new_empty(parameter, {0});
+  };
+  Tensor d_down = like(a.down), d_up = like(a.up), d_scale = like(a.scale), d_shift = like(a.shift);
   const float* shrunk = h.const_data_ptr<float>();
   Buffer<float> dz(a.rows * a.rank), dh(a.rows * a.rank), active(a.rows * a.rank);
   for_activation_dtype(a.x, "x", [&](auto element) {
@@ -153,6 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_adapter_bwd(const Tensor
       std::copy_n(own_dh, n, dh.data() + at);
     });
     if (x_grad) dx.write_back();
+    if (!parameter_grads) return;
 
     // Every task owns some columns of dD or dU and walks over all rows, so the order of a sum is always the same.
     const Rows<float> dd(d_down.mutable_data_ptr<float>(), a.rank, a.width);
@@ -174,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_adapter_bwd(const Tensor
       for (int64_t r = 0; r < a.rank; ++r) out[k * a.rank + r] = du[r * dy.stride + k];
   });
   const int64_t own = a.rows / std::max<int64_t>(1, a.samples);
-  for (int64_t s = 0; s < a.samples; ++s) {
+  for (int64_t s = 0; parameter_grads && s < a.samples; ++s) {
     double d_modulation[2][kMaxRank] = {};
     for (int64_t i = s * own * a.rank; i < (s + 1) * own * a.rank; i += a.rank)
       for (int64_t r = 0; r < a.rank; ++r)

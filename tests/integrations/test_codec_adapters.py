@@ -1,12 +1,16 @@
 """Codec adapters in vision towers: nothing at the start, the right row per image, saved and loaded, taken out again."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 import vqfast
 from families import FAMILIES
-from vqfast import TestTimeTuner, zoo
+from vqfast import TestTimeTuner, TuningConfig, zoo
 from vqfast.ops.film_adapter.reference import film_adapter
 
 CONDITIONS = ("jpeg:1", "webp:0")
@@ -127,6 +131,60 @@ def test_every_family_takes_them_and_gives_them_back(family):
     assert not torch.allclose(known, unknown)
 
 
+def test_a_backward_that_computes_the_tower_again_needs_the_condition(model, inputs):
+    adapters, pixels = trained(model), inputs["pixel_values"].clone().requires_grad_()
+
+    def loss():
+        return checkpoint(lambda x: features(model, {"pixel_values": x}), pixels, use_reentrant=False).square().sum()
+
+    with adapters.condition("jpeg:1"):
+        (inside,) = torch.autograd.grad(loss(), pixels)
+        (expected,) = torch.autograd.grad(features(model, {"pixel_values": pixels}).square().sum(), pixels)
+        late = loss()
+    torch.testing.assert_close(inside, expected)
+    with pytest.raises(ValueError, match="inside condition"):
+        late.backward()
+
+
+def test_gradients_reach_pixels_alone_behind_frozen_adapters(model, inputs):
+    adapters, pixels = trained(model), inputs["pixel_values"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(features(model, {"pixel_values": pixels}).square().sum(), pixels)
+    adapters.requires_grad_(False)
+    model.requires_grad_(False)
+    (grad,) = torch.autograd.grad(features(model, {"pixel_values": pixels}).square().sum(), pixels)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_a_search_takes_one_condition_for_all(model, inputs):
+    adapters = trained(model)
+    with TestTimeTuner(model, TuningConfig(candidates="default")) as tuner:
+        with adapters.condition("jpeg:1"):
+            tuner.tune(**inputs)
+        with adapters.condition(["jpeg:1"] * 4), pytest.raises(ValueError, match="candidate search"):
+            tuner.tune(**inputs)
+
+
+def test_float64(model, inputs):
+    adapters = vqfast.insert_codec_adapters(model.double(), CONDITIONS)
+    with adapters.condition("jpeg:1"):
+        assert features(model, {"pixel_values": inputs["pixel_values"].double()}).dtype == torch.float64
+
+
+def test_bfloat16(model, inputs):
+    adapters = trained(model.bfloat16())
+    assert {parameter.dtype for parameter in adapters.parameters()} == {torch.float32}
+    assert features(model, {"pixel_values": inputs["pixel_values"].bfloat16()}).dtype == torch.bfloat16
+
+
+def test_a_model_is_not_copied_with_them(model):
+    adapters = vqfast.insert_codec_adapters(model, CONDITIONS)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="call remove"):
+            duplicate(model)
+    adapters.remove()
+    copy.deepcopy(model)
+
+
 def test_errors(model, inputs, tmp_path):
     with pytest.raises(ValueError, match=r"none twice, none 'unknown'; got \['a', 'a'\]"):
         vqfast.insert_codec_adapters(model, ("a", "a"))
@@ -152,6 +210,20 @@ def test_errors(model, inputs, tmp_path):
     adapters.remove()
     with pytest.raises(ValueError, match="have a bottleneck of 4; got bottleneck=8"):
         vqfast.insert_codec_adapters(model, tmp_path / "c.safetensors", 8)
+    for change, message in (
+        ({"layers.1.scale": torch.zeros(9, 4)}, "does not fit this model"),
+        ({"layers.0.down": torch.zeros(())}, "holds no codec adapters"),
+    ):
+        save_file(adapters.state_dict() | change, tmp_path / "d.safetensors", metadata={"conditions": '["a", "b"]'})
+        with pytest.raises(ValueError, match=message):
+            vqfast.insert_codec_adapters(model, tmp_path / "d.safetensors")
+    save_file(adapters.state_dict(), tmp_path / "e.safetensors", metadata={"conditions": '"ab"'})
+    with pytest.raises(ValueError, match="holds no codec adapters"):
+        vqfast.insert_codec_adapters(model, tmp_path / "e.safetensors")
+    for bottleneck in (0, 129, -1):
+        with pytest.raises(ValueError, match=f"bottleneck must be 1 to 128; got {bottleneck}"):
+            vqfast.insert_codec_adapters(model, CONDITIONS, bottleneck)
+    vqfast.insert_codec_adapters(model, tmp_path / "c.safetensors").remove()  # nothing was left behind
     del model.model.vision_tower.encoder.layers[-1]
     with pytest.raises(ValueError, match="are for other blocks"):
         vqfast.insert_codec_adapters(model, tmp_path / "c.safetensors")

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from vqfast.ops import film_adapter
 from vqfast.ops.film_adapter.contract import ACTIVATIONS
 from vqfast.testing.cases.film_adapter import OPERATOR
+from vqfast.testing.here import device, kernels_here
 
 K, R = 24, 6
+KERNELS = kernels_here(OPERATOR.name, OPERATOR.kernels)
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -74,14 +76,17 @@ def test_nan_stays_with_its_row(backend):
         assert bad.nonzero().tolist() == [[1, 2]]
 
 
-def test_parameters_alone(require_backend):
-    """x of a frozen part needs no gradient; those of the parameters are the same."""
-    require_backend("cpu", "film_adapter")
-    a = {name: value.requires_grad_() for name, value in drawn(3).items()}
-    names = ("down", "up", "scale", "shift")
-    expected = torch.autograd.grad(film_adapter(**a).square().sum(), [a[n] for n in names])
-    y = film_adapter(**a | {"x": a["x"].detach()}, backend="cpu")
-    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), [a[n] for n in names]), expected, strict=True):
+@pytest.mark.parametrize("learns", [("down", "up", "scale", "shift"), ("x",), ("scale",)])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_some_gradients_alone(backend, learns, require_backend):
+    """x of a frozen part, or frozen adapters that a gradient passes through: the others are not computed."""
+    require_backend(backend, "film_adapter")
+    a = {name: value.to(device(backend)).requires_grad_() for name, value in drawn(3).items()}
+    leaves = [a[name] for name in learns]
+    expected = torch.autograd.grad(film_adapter(**a, backend=backend).square().sum(), leaves)
+    others = {name: value.detach() for name, value in a.items() if name not in learns}
+    y = film_adapter(**a | others, backend=backend)
+    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -101,7 +106,16 @@ def test_many_rows(require_backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(down=torch.randn(R, 7)), ValueError, r"x must be \[..., K\] and down \[r, K\]; got \[3, 5, 24\] and \[6"),
+        (
+            dict(down=torch.randn(R, 7)),
+            ValueError,
+            r"down \[r, K\] with K >= 1; got \[3, 5, 24\] and \[6",
+        ),
+        (
+            dict(x=torch.randn(3, 0), down=torch.randn(R, 0)),
+            ValueError,
+            r"K >= 1; got \[3, 0\] and \[6",
+        ),
         (dict(up=torch.randn(R, K)), ValueError, r"up must be \[K, r\] = \[24, 6\] beside down \[6, 24\]; got \[6, 24"),
         (dict(scale=torch.randn(5)), ValueError, r"scale must be \[r\] or \[B, r\] with r = 6; got \[5\]"),
         (dict(shift=torch.randn(3, R)), ValueError, r"shift must have the shape of scale, \[6\]; got \[3, 6\]"),
@@ -124,13 +138,13 @@ def test_errors_say_what_is_accepted(change, error, message):
         film_adapter(**drawn() | change)
 
 
-@pytest.mark.parametrize("x_grad", [True, False])
-def test_contract_fakes(x_grad):
+@pytest.mark.parametrize(("x_grad", "own"), [(True, True), (False, True), (True, False)])
+def test_contract_fakes(x_grad, own):
     """Shapes that the contract promises for a kernel."""
     a = OPERATOR.inputs(OPERATOR.cases[1], torch.bfloat16, "meta")
     tensors = [a[name] for name in ("x", "down", "up", "scale", "shift")]
     y, h = torch.ops.vqfast_cpu.film_adapter_fwd(*tensors, 0)
     assert (y.shape, y.dtype, h.shape, h.dtype) == (a["x"].shape, torch.bfloat16, (3, 10, 5), torch.float32)
-    dx, *grads = torch.ops.vqfast_cpu.film_adapter_bwd(y, tensors[0], h, *tensors[1:], 0, x_grad)
+    dx, *grads = torch.ops.vqfast_cpu.film_adapter_bwd(y, tensors[0], h, *tensors[1:], 0, x_grad, own)
     assert dx.shape == (a["x"].shape if x_grad else (0,))
-    assert [g.shape for g in grads] == [t.shape for t in tensors[1:]]
+    assert [g.shape for g in grads] == [t.shape if own else (0,) for t in tensors[1:]]

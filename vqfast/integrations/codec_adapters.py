@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vqfast.integrations.transformers import find_vision_tower
 from vqfast.nn import CodecAdapter
+from vqfast.ops.film_adapter.contract import MAX_RANK
 
 UNKNOWN = "unknown"  # row 0 of every table
 
@@ -20,8 +21,9 @@ UNKNOWN = "unknown"  # row 0 of every table
 class CodecAdapters(nn.Module):
     """The adapters of a model in `layers`, a `nn.CodecAdapter` per block; `insert_codec_adapters` makes them.
 
-    Their parameters are trainable; freeze the model yourself. They are not part of the model's `state_dict`. One thread
-    at a time sets conditions.
+    Their parameters are trainable, in float32 (float64 for a model in that); freeze the model yourself. They are no
+    part of the model: its `state_dict` is what it was, and wrappers of it (DistributedDataParallel) do not see them.
+    One thread at a time sets conditions. A model with adapters in it is not copied or pickled: remove them first.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], conditions: Sequence[str], bottleneck: int) -> None:
@@ -29,8 +31,9 @@ class CodecAdapters(nn.Module):
         self.conditions = (UNKNOWN, *conditions)
         self._rows: Tensor | int = 0
         self.layers = nn.ModuleList(
-            CodecAdapter(_width(block), bottleneck, len(conditions)).to(_first_linear(block).weight.device)
+            CodecAdapter(_width(block), bottleneck, len(conditions)).to(weight.device, _parameter_dtype(weight))
             for block in blocks
+            for weight in [_first_linear(block).weight]
         )
         # First in line: transformers records hidden states with a hook of its own.
         self._hooks = [
@@ -42,11 +45,13 @@ class CodecAdapters(nn.Module):
     def condition(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
         """Say how images were compressed while the context lasts: a name of `conditions` for all, or one per image.
 
-        None, as outside of any context, is "unknown".
+        None, as outside of any context, is "unknown". A backward that computes the tower again (activation
+        checkpointing around it) belongs into the context, too.
 
         Raises:
             ValueError: an unknown name; later, in the model's forward, more or fewer names than images, or names per
-                image for a tower whose blocks do not get images one by one, [B, M, K] (packed patches, tiles).
+                image where the tower's blocks do not get these images one by one, [B, M, K]: packed patches, tiles,
+                the copies of a candidate search. Give one name for all then.
         """
         previous = self._rows
         if names is None or isinstance(names, str):
@@ -81,13 +86,22 @@ class _Hook:
 
     def __init__(self, adapters: CodecAdapters, adapter: nn.Module) -> None:
         self.adapters, self.adapter = adapters, adapter
+        self.rows: Tensor | int = 0  # of the last forward
+
+    def __reduce__(self) -> Any:  # copy.deepcopy, pickle
+        raise TypeError("the model has codec adapters, which would not be copied with it; call remove() of them first")
 
     def __call__(self, block: nn.Module, inputs: Any, output: Any) -> Any:
         x, rows = output[0] if isinstance(output, tuple) else output, self.adapters._rows
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1 and rows is not self.rows:
+                raise ValueError("the vision tower is computed again in backward(): call that inside condition(), too")
+            self.rows = rows
         if isinstance(rows, Tensor) and (x.dim() != 3 or len(x) != len(rows)):
             raise ValueError(
                 f"{len(rows)} conditions, but the vision blocks get {list(x.shape)}: give one per image where that is "
-                "[images, patches, width], else one for all images, as condition('jpeg:5')"
+                "[images, patches, width], else (tiles, packed patches, candidate search) one for all images, as "
+                "condition('jpeg:5')"
             )
         y = self.adapter(x, rows)
         return (y, *output[1:]) if isinstance(output, tuple) else y
@@ -119,8 +133,9 @@ def insert_codec_adapters(
     if any(isinstance(hook, _Hook) for block in tower.blocks for hook in block._forward_hooks.values()):
         raise ValueError("the model has codec adapters already; call remove() of these first")
     state: dict[str, Tensor] = {}
+    names: Sequence[str] = () if isinstance(conditions, (str, Path)) else conditions
     if isinstance(conditions, (str, Path)):
-        state, conditions = _read(Path(conditions))
+        state, names = _read(Path(conditions))
         saved = len(state["layers.0.down"])
         if bottleneck not in (None, saved):
             raise ValueError(f"the file's adapters have a bottleneck of {saved}; got bottleneck={bottleneck}")
@@ -129,11 +144,17 @@ def insert_codec_adapters(
         found = {name: tuple(value.shape) for name, value in state.items() if name.endswith(".down")}
         if found != expected:
             raise ValueError(f"the file's adapters are for other blocks: {found}; this model's would be {expected}")
-    if len({UNKNOWN, *conditions}) != len(conditions) + 1:
-        raise ValueError(f"conditions must be names, none twice, none {UNKNOWN!r}; got {list(conditions)}")
-    adapters = CodecAdapters(tower.blocks, conditions, bottleneck or 16)
+    if len({UNKNOWN, *names}) != len(names) + 1:
+        raise ValueError(f"conditions must be names, none twice, none {UNKNOWN!r}; got {list(names)}")
+    if bottleneck is not None and not 1 <= bottleneck <= MAX_RANK:
+        raise ValueError(f"bottleneck must be 1 to {MAX_RANK}; got {bottleneck}")
+    adapters = CodecAdapters(tower.blocks, names, 16 if bottleneck is None else bottleneck)
     if state:
-        adapters.load_state_dict(state)
+        try:
+            adapters.load_state_dict(state)
+        except RuntimeError as error:
+            adapters.remove()
+            raise ValueError(f"{conditions} does not fit this model: {error}") from error
     return adapters
 
 
@@ -147,14 +168,23 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Sequence[str]]:
             metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
-    if "conditions" not in metadata or "layers.0.down" not in state:
+    try:
+        conditions = json.loads(metadata["conditions"])
+        whole = state["layers.0.down"].dim() == 2 and isinstance(conditions, list)
+    except (KeyError, json.JSONDecodeError):
+        whole = False
+    if not whole or not all(isinstance(name, str) for name in conditions):
         raise ValueError(f"{path} holds no codec adapters: CodecAdapters.save writes such files")
-    return state, json.loads(metadata["conditions"])
+    return state, conditions
 
 
 def _first_linear(block: nn.Module) -> Any:
     """The layer that the block's attention begins with, quantised as it may be."""
     return next(m for m in block.modules() if isinstance(getattr(m, "in_features", None), int))
+
+
+def _parameter_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _width(block: nn.Module) -> int:

@@ -71,5 +71,6 @@ class _FilmAdapter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run, x_grad = kernel(ctx.backend, "film_adapter_bwd"), ctx.needs_input_grad[1]
-        dx, *parameters = first_order(run, "film_adapter", grad, *ctx.saved_tensors, ctx.activation, x_grad)
-        return None, dx if x_grad else None, *parameters, None
+        own = any(ctx.needs_input_grad[2:6])
+        dx, *parameters = first_order(run, "film_adapter", grad, *ctx.saved_tensors, ctx.activation, x_grad, own)
+        return None, dx if x_grad else None, *(parameters if own else [None] * 4), None

@@ -15,8 +15,8 @@ def check(x: object, down: object, up: object, scale: object, shift: object, act
     rows = check_activation("x", x)
     d, u = check_parameter("down", down, rows), check_parameter("up", up, rows)
     s, b = check_parameter("scale", scale, rows), check_parameter("shift", shift, rows)
-    if rows.dim() < 1 or d.dim() != 2 or d.shape[1] != rows.shape[-1]:
-        raise ValueError(f"x must be [..., K] and down [r, K]; got {list(rows.shape)} and {list(d.shape)}")
+    if rows.dim() < 1 or d.dim() != 2 or d.shape[1] != rows.shape[-1] or d.shape[1] < 1:
+        raise ValueError(f"x must be [..., K] and down [r, K] with K >= 1; got {list(rows.shape)} and {list(d.shape)}")
     rank, width = d.shape
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"the bottleneck r must be 1 to {MAX_RANK}; got {rank}")
@@ -48,8 +48,10 @@ def _bwd(
     shift: Tensor,
     activation: int,
     x_grad: bool,
+    parameter_grads: bool,
 ) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape if x_grad else (0,)), *(t.new_empty(t.shape) for t in (down, up, scale, shift))
+    parameters = (t.new_empty(t.shape if parameter_grads else (0,)) for t in (down, up, scale, shift))
+    return x.new_empty(x.shape if x_grad else (0,)), *parameters
 
 
 define(
@@ -60,7 +62,7 @@ define(
     ),
     bwd=(
         "(Tensor grad, Tensor x, Tensor h, Tensor down, Tensor up, Tensor scale, Tensor shift, int activation, "
-        "bool x_grad) -> (Tensor x, Tensor down, Tensor up, Tensor scale, Tensor shift)",
+        "bool x_grad, bool parameter_grads) -> (Tensor x, Tensor down, Tensor up, Tensor scale, Tensor shift)",
         _bwd,
     ),
 )

@@ -1,4 +1,4 @@
-"""film_adapter in Triton: one launch forward, two backward.
+"""film_adapter in Triton: one launch forward; backward one, and where the adapter learns three for sums over rows.
 
 A program takes BM rows of one sample and a part of the columns. h = x D^T and da = dy U need all columns: every program
 of the same rows computes them anew, so that few rows still fill the chip.
@@ -14,6 +14,7 @@ from torch import Tensor
 from vqfast.ops._triton import dot, multiprocessors
 from vqfast.ops.film_adapter.contract import ACTIVATIONS
 
+OUTER_ROWS = 32  # of a step of the sums over rows
 SUM_TILE = 4096  # partial sums that a program holds at once
 SILU, RELU = tl.constexpr(ACTIVATIONS.index("silu")), tl.constexpr(ACTIVATIONS.index("relu"))
 COUNTS = ("M", "blocks", "chunks", "steps")  # no kernel of its own for their 1
@@ -79,7 +80,7 @@ def _film_adapter_fwd_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _film_adapter_bwd_kernel(
-    grad, x, h, down, up, scale, shift, dx, partial, modulation, M, blocks, K, r: tl.constexpr, chunks, steps,
+    grad, h, down, up, scale, shift, dx, active, dh, modulation, M, blocks, K, r: tl.constexpr, chunks, steps,
     KIND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -91,33 +92,55 @@ def _film_adapter_bwd_kernel(
     offset = tl.load(shift + sample * r + rank, mask=ranked, other=0.0)
     shrunk = tl.load(h + row * r + rank[None, :], mask=here & ranked[None, :], other=0.0)
     a, slope = _activate(gain[None, :] * shrunk + offset[None, :], KIND)
-    a = a.to(x.dtype.element_ty)  # rows that are not there have dy = 0
     dz = slope * _shrink(grad, row, here, K, up, r, 1, r, chunks, BM, BK, R)
-    if tl.program_id(1) == 0:
-        at = modulation + tl.program_id(0).to(tl.int64) * 2 * r + rank  # [2, r]: dscale, dshift of these rows
-        tl.store(at, tl.sum(dz * shrunk, 0), mask=ranked)
-        tl.store(at + r, tl.sum(dz, 0), mask=ranked)
-    dh = (gain[None, :] * dz).to(x.dtype.element_ty)
-    sums = partial + (tl.program_id(0).to(tl.int64) * 2 * r + rank[:, None]) * K  # [2, r, K]: dD, dU^T of these rows
-    for i in range(steps):
-        k = (tl.program_id(1) * steps + i) * BK + tl.arange(0, BK)
-        inside = k < K
-        at, there, ranks_there = row * K + k[None, :], here & inside[None, :], ranked[:, None] & inside[None, :]
-        own_dy = tl.load(grad + at, mask=there, other=0.0)
-        own_x = tl.load(x + at, mask=there, other=0.0)
-        tl.store(sums + k[None, :], dot(tl.trans(dh), own_x), mask=ranks_there)
-        tl.store(sums + r * K + k[None, :], dot(tl.trans(a), own_dy), mask=ranks_there)
-        if dx is not None:
-            d = tl.load(down + rank[:, None] * K + k[None, :], mask=ranks_there, other=0.0)
-            new = own_dy.to(tl.float32) + dot(dh, d.to(dh.dtype))
+    d_shrunk = (gain[None, :] * dz).to(grad.dtype.element_ty)
+    if (tl.program_id(1) == 0) & (modulation is not None):
+        at, inside = row * r + rank[None, :], here & ranked[None, :]
+        tl.store(active + at, a.to(grad.dtype.element_ty), mask=inside)
+        tl.store(dh + at, d_shrunk, mask=inside)
+        sums = modulation + tl.program_id(0).to(tl.int64) * 2 * r + rank  # [2, r]: dscale, dshift of these rows
+        tl.store(sums, tl.sum(dz * shrunk, 0), mask=ranked)
+        tl.store(sums + r, tl.sum(dz, 0), mask=ranked)
+    if dx is not None:
+        for i in range(steps):
+            k = (tl.program_id(1) * steps + i) * BK + tl.arange(0, BK)
+            inside = k < K
+            at, there = row * K + k[None, :], here & inside[None, :]
+            d = tl.load(down + rank[:, None] * K + k[None, :], mask=ranked[:, None] & inside[None, :], other=0.0)
+            own_dy = tl.load(grad + at, mask=there, other=0.0)
+            new = own_dy.to(tl.float32) + dot(d_shrunk, d.to(d_shrunk.dtype))
             tl.store(dx + at, new.to(dx.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _film_adapter_outer_kernel(
+    grad, x, active, dh, partial, rows, K, r: tl.constexpr, steps,
+    BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """partial [splits, 2, r, K]: dD = dh^T x and dU^T = a^T dy over the rows of a split."""
+    k, rank = tl.program_id(0) * BK + tl.arange(0, BK), tl.arange(0, R)
+    inside, ranked = k < K, rank < r
+    d_down = tl.zeros([R, BK], tl.float32)
+    d_up = tl.zeros([R, BK], tl.float32)
+    for i in range(steps):
+        m = (tl.program_id(1) * steps + i) * BM + tl.arange(0, BM)
+        row, here = m[:, None].to(tl.int64), (m < rows)[:, None]
+        at, there = row * K + k[None, :], here & inside[None, :]
+        short, exists = row * r + rank[None, :], here & ranked[None, :]
+        d_shrunk = tl.load(dh + short, mask=exists, other=0.0)
+        d_down += dot(tl.trans(d_shrunk), tl.load(x + at, mask=there, other=0.0))
+        a = tl.load(active + short, mask=exists, other=0.0)
+        d_up += dot(tl.trans(a), tl.load(grad + at, mask=there, other=0.0))
+    sums = partial + (tl.program_id(1).to(tl.int64) * 2 * r + rank[:, None]) * K + k[None, :]
+    tl.store(sums, d_down, mask=ranked[:, None] & inside[None, :])
+    tl.store(sums + r * K, d_up, mask=ranked[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _film_adapter_sum_kernel(partial, out, blocks, size, chunks, BP: tl.constexpr, BE: tl.constexpr):
     """out[s] = sum over the blocks of s: partial [samples, blocks, size] -> [samples, size]."""
-    sample = tl.program_id(0).to(tl.int64)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    sample = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
     total = tl.zeros([BE], tl.float32)
     for i in range(chunks):
         block = i * BP + tl.arange(0, BP)
@@ -132,7 +155,7 @@ def _sum(partial: Tensor, samples: int) -> Tensor:
     out = partial.new_empty((samples, *partial.shape[1:]))
     parts = min(64, triton.next_power_of_2(blocks))
     elements = min(SUM_TILE // parts, triton.next_power_of_2(size))
-    grid = samples, triton.cdiv(size, elements)
+    grid = triton.cdiv(size, elements), samples
     _film_adapter_sum_kernel[grid](partial, out, blocks, size, triton.cdiv(blocks, parts), BP=parts, BE=elements)
     return out
 
@@ -176,19 +199,34 @@ def film_adapter_fwd(
 
 def film_adapter_bwd(
     grad: Tensor, x: Tensor, h: Tensor, down: Tensor, up: Tensor, scale: Tensor, shift: Tensor, activation: int,
-    x_grad: bool,
+    x_grad: bool, parameter_grads: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    grad, x, h, down, up, scale, shift = (t.contiguous() for t in (grad, x, h, down, up, scale, shift))
+    parameters = down, up, scale, shift
+    grad, x, h, down, up, scale, shift = (t.contiguous() for t in (grad, x, h, *parameters))
     call = _Call(x, down, scale, activation)
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     if not h.numel():
-        return dx, *(torch.zeros_like(t) for t in (down, up, scale, shift))
-    partial = h.new_empty((call.blocks, 2, *down.shape))
-    modulation = h.new_empty((call.blocks, 2, call.rank))
+        return dx, *(torch.zeros_like(t) if parameter_grads else t.new_empty(0) for t in parameters)
+    active, dh, modulation = x.new_empty(h.shape), x.new_empty(h.shape), h.new_empty((call.blocks, 2, call.rank))
+    kept = (active, dh, modulation) if parameter_grads else (None, None, None)
     _film_adapter_bwd_kernel[call.grid](
-        grad, x, h, down, up, scale, shift, dx if x_grad else None, partial, modulation, *call.arguments, **call.tiles
+        grad, h, down, up, scale, shift, dx if x_grad else None, *kept, *call.arguments, **call.tiles
     )
-    ((d_down, d_up),) = _sum(partial, 1)
+    if not parameter_grads:
+        return dx, *(t.new_empty(0) for t in parameters)
+    ((d_down, d_up),) = _sum(_outer(call, grad, x, active, dh), 1)
     d_modulation = _sum(modulation, call.samples)
     d_scale, d_shift = (d_modulation[:, i].reshape(scale.shape) for i in range(2))
     return dx, d_down.clone(), d_up.mT.contiguous(), d_scale.clone(), d_shift.clone()
+
+
+def _outer(call: _Call, grad: Tensor, x: Tensor, active: Tensor, dh: Tensor) -> Tensor:
+    """Sums over rows, [splits, 2, r, K]: as many splits as fill the chip."""
+    rows, width, tiles = x.shape[:-1].numel(), x.shape[-1], call.tiles | dict(BM=OUTER_ROWS)
+    del tiles["KIND"]
+    columns, blocks = triton.cdiv(width, tiles["BK"]), triton.cdiv(rows, OUTER_ROWS)
+    steps = triton.cdiv(blocks, max(1, 2 * multiprocessors(x) // columns))
+    splits = triton.cdiv(blocks, steps)
+    partial = dh.new_empty((splits, 2, call.rank, width), dtype=torch.float32)
+    _film_adapter_outer_kernel[(columns, splits)](grad, x, active, dh, partial, rows, width, call.rank, steps, **tiles)
+    return partial
