@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from vqfast import zoo
-from vqfast.images import read_image
+from vqfast.images import ImageError, read_image
 
+MAX_SIDE = 16_383  # pixels; a WebP file holds no more
 SPLITS = ("validation", "test")  # of the digits that no model was trained on
 
 
@@ -31,9 +32,13 @@ class Item:
         """The RGB image.
 
         Raises:
-            ImageError: the file cannot be decoded.
+            ImageError: the file cannot be decoded, or the image is wider or higher than the codecs take.
         """
-        return read_image(self.source) if isinstance(self.source, Path) else self.source
+        image = read_image(self.source) if isinstance(self.source, Path) else self.source
+        if max(image.size) > MAX_SIDE:
+            size = f"{image.width} x {image.height} pixels, at most {MAX_SIDE:,} a side are accepted"
+            raise ImageError(f"{self.source} has {size}; scale it down")
+        return image
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,12 @@ def read_questions(file: Path) -> list[Item]:
             row = json.loads(line.decode())
             json.dumps(row, ensure_ascii=False).encode()  # refuses half characters, which no file can be named by
             image, question, accepted = _checked(row)
-            if not (folder / image).resolve().is_relative_to(folder):
+            file_named = (folder / image).resolve()  # one image, however it is written
+            if not file_named.is_relative_to(folder):
                 raise ValueError(f"image {image!r} leaves the folder {folder}; move it there")
         except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
-        found.setdefault(image, []).append((question, accepted))
+        found.setdefault(str(file_named.relative_to(folder)), []).append((question, accepted))
     if not found:
         raise ValueError(f"{file} holds no question; one line is {EXAMPLE}")
     return [
@@ -123,9 +129,11 @@ def _checked(row: Any) -> tuple[str, str, tuple[str, ...]]:
 def _digest(file: Path) -> str:
     """sha256 of a file, or "unreadable": decoding says later what is wrong with it."""
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        if file.is_file():  # reading a pipe would wait
+            return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
-        return "unreadable"
+        pass
+    return "unreadable"
 
 
 def normalised(answer: str) -> str:

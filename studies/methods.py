@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 import vqfast
-from studies.restoration import RESTORERS, restore
+from studies.restoration import RESTORERS, imported, restore
 from vqfast import TestTimeTuner, TuningConfig, zoo
+from vqfast.integrations.transformers import find_vision_tower
 from vqfast.tuning.candidates import DEFAULT_PRESETS, IDENTITY, render
 
 BATCH = 24  # samples per call, as in studies/demo.py
@@ -95,7 +95,7 @@ def load_model(model: str, answer_tokens: int) -> VisionLanguageModel:
     """From disk only, without remote code; on a CUDA device if there is one.
 
     Raises:
-        ValueError: as `folder_of`, or the processor there takes no images with text.
+        ValueError: as `folder_of`, the processor there takes no images with text, or the model is an encoder-decoder.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -109,11 +109,17 @@ def load_model(model: str, answer_tokens: int) -> VisionLanguageModel:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         if not isinstance(processor, transformers.ProcessorMixin):
             raise ValueError(f"{folder} has no processor for images with text; save the model's there")
+        if network.config.is_encoder_decoder:
+            raise ValueError(f"{folder} is an encoder-decoder, {type(network).__name__}; give a decoder-only model")
         processor.tokenizer.padding_side = "left"
+    # greedy, whatever the folder asks for: beams, penalties, several answers
+    ends = {name: getattr(network.generation_config, name) for name in TOKENS}
+    network.generation_config = transformers.GenerationConfig(**ends)
     network.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     return VisionLanguageModel(network, processor, answer_tokens)
 
 
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what generation keeps of a folder's configuration
 LOADED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
@@ -139,8 +145,8 @@ def identity(method: str) -> str:
         return digest(Path(rest))
     if kind == "restore" and ":" in rest:
         try:
-            return digest(Path(inspect.getfile(pkgutil.resolve_name(rest))))
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            return digest(Path(inspect.getfile(inspect.unwrap(imported(rest)))))
+        except (ImportError, TypeError, ValueError) as error:
             raise ValueError(f"method {method!r} names no function that can be imported: {error}") from error
     known = f"{', '.join(METHODS)}, restore:MODULE:FUNCTION, codec_adaptor:FILE of an adaptor that exists"
     raise ValueError(f"method must be one of {known}; got {method!r}")
@@ -183,8 +189,8 @@ def plain(model: VisionLanguageModel, _: str, codec: str | None) -> Iterator[Run
 
 @contextlib.contextmanager
 def behind_filter(model: VisionLanguageModel, preset: str, codec: str | None) -> Iterator[Run]:
-    spec, chosen = model.processor.image_processor, FILTERS[f"filter:{preset}"]
-    tone = [torch.tensor(v, device=model.network.device) for v in (spec.image_mean, spec.image_std)]
+    chosen = FILTERS[f"filter:{preset}"]
+    tone = find_vision_tower(model.network, 0, (), model.processor).normalisation(model.network.device)
 
     def run(inputs: dict[str, Tensor]) -> Answers:
         pixels = inputs["pixel_values"]

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 RESAMPLES = 9999  # of bootstrap and permutations; p-values are multiples of 1/5000
 BINS = 15  # of the calibration error; C. Guo et al., On Calibration of Modern Neural Networks, ICML 2017
+BELOW_ONE = 1 - 1e-6  # torchmetrics puts a confidence of exactly 1 into a bin of its own
 
 
 class Interval(NamedTuple):
@@ -32,43 +33,47 @@ class Gaps(NamedTuple):
     generalisation: float
 
 
-def accuracy(right: ArrayLike) -> Interval:
+def accuracy(right: ArrayLike, images: ArrayLike | None = None) -> Interval:
     """Share of right answers with a 95 % interval.
 
     right: bool, [images], one question each: Wilson score interval. [images, questions]: answers on one image are not
     independent, so whole images are drawn anew (percentile bootstrap, 9999 draws, seeded). Where every image has the
     same share, as when all is right, that would have no width: Wilson, with images as the sample.
+    images: where they have different numbers of questions, the image of every answer (name or number), right's shape.
 
     Source: E. B. Wilson, JASA 22, 1927; C. A. Field and A. H. Welsh, Bootstrapping Clustered Data, JRSS B 69, 2007.
 
     Raises:
-        ValueError: no answers, more than two dimensions, values that are not bool.
+        ValueError: no answers, more than two dimensions, values that are not bool, images of another shape.
     """
-    counts, questions = _right_per_image(right, "right")
-    images = len(counts)
-    mean = int(counts.sum()) / (images * questions)
-    if questions == 1 or np.ptp(counts) == 0:
-        interval = stats.binomtest(round(mean * images), images).proportion_ci(0.95, method="wilson")
+    counts, sizes = right_per_image(right, images, "right")
+    mean = int(counts.sum()) / int(sizes.sum())
+    if sizes.max() == 1 or np.ptp(counts / sizes) == 0:
+        interval = stats.binomtest(round(mean * len(sizes)), len(sizes)).proportion_ci(0.95, method="wilson")
         return Interval(mean, float(interval.low), float(interval.high))
+
+    def share(counts: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
+        return counts.sum(axis) / sizes.sum(axis)
+
     drawn = stats.bootstrap(
-        (counts / questions,), np.mean, n_resamples=RESAMPLES, batch=1000, method="percentile", rng=0
+        (counts, sizes), share, paired=True, n_resamples=RESAMPLES, batch=1000, method="percentile", rng=0
     ).confidence_interval
     return Interval(mean, float(drawn.low), float(drawn.high))
 
 
-def paired_test(a: ArrayLike, b: ArrayLike) -> float:
+def paired_test(a: ArrayLike, b: ArrayLike, images: ArrayLike | None = None) -> float:
     """Two-sided p-value of "a and b are right equally often", on the same questions about the same images.
 
     a, b: bool, [images] or [images, questions]. Permutation test: an image's answers of a and b are swapped, those of
     all its questions together. Exact where at most 13 images differ in their number of right answers, else 9999
-    seeded draws. With one question per image this is McNemar's exact test.
+    seeded draws. With one question per image this is McNemar's exact test. images: as of `accuracy`.
 
     Raises:
         ValueError: shapes that differ, no answers, more than two dimensions, values that are not bool.
     """
     if np.shape(a) != np.shape(b):
         raise ValueError(f"a and b must have the same shape, image by image; got {np.shape(a)} and {np.shape(b)}")
-    counts = np.stack([_right_per_image(a, "a")[0], _right_per_image(b, "b")[0]])
+    counts = np.stack([right_per_image(a, images, "a")[0], right_per_image(b, images, "b")[0]])
     counts = counts[:, counts[0] != counts[1]]  # the others add nothing to the statistic, swapped or not
     if counts.shape[1] < 2:
         return 1.0
@@ -97,6 +102,7 @@ def calibration_error(confidence: ArrayLike, right: ArrayLike) -> float:
         raise ValueError(f"confidence must be a probability, 0 to 1; got {given.min()} to {given.max()}")
     if outcome.dtype != bool:
         raise ValueError(f"right must be bool, one value per answer; got {outcome.dtype}")
+    given = np.minimum(given, BELOW_ONE)
     error = binary_calibration_error(torch.from_numpy(given), torch.from_numpy(outcome).long(), n_bins=BINS)
     return float(error)
 
@@ -149,12 +155,23 @@ def gaps(original: float, compressed: float, adapted: float) -> Gaps:
     return Gaps(original - compressed, original - adapted, adapted - compressed)
 
 
-def _right_per_image(right: ArrayLike, name: str) -> tuple[np.ndarray, int]:
-    """Right answers of each image, [images], and the number of questions."""
+def right_per_image(right: ArrayLike, images: ArrayLike | None, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Right answers of each image and its number of questions, [images] both; arguments as of `accuracy`.
+
+    Raises:
+        ValueError: no answers, more than two dimensions, values that are not bool, images of another shape.
+    """
     array = np.asarray(right)
     if array.dtype != bool or array.ndim not in (1, 2) or not array.size:
         raise ValueError(
             f"{name} must be bool, [images] or [images, questions], not empty; got {array.dtype} {list(array.shape)}"
         )
-    table = array.reshape(len(array), -1)
-    return table.sum(1), table.shape[1]
+    if images is None:
+        table = array.reshape(len(array), -1)
+        return table.sum(1), np.full(len(table), table.shape[1])
+    if np.shape(images) != array.shape:
+        raise ValueError(
+            f"images must name the image of every answer, {list(array.shape)}; got {list(np.shape(images))}"
+        )
+    index = np.unique(np.ravel(images), return_inverse=True)[1]
+    return np.bincount(index, array.ravel()).astype(int), np.bincount(index)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from fnmatch import filter as matching
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from tqdm import tqdm
 
@@ -29,7 +31,7 @@ SEVERITIES = [1, 3, 5]
 ANSWER_TOKENS = 8  # of a dataset that is not the digits
 PACKAGES = ("vqfast", "torch", "transformers", "numpy", "pillow", "scipy", "scikit-image", "opencv-python-headless")
 CODE = [Path(module.__file__) for module in (data, degradations, codecs, restoration, methods, units)]
-CODE += sorted(Path(vqfast.__file__).parent.rglob("*.py"))
+CODE += sorted(file for file in Path(vqfast.__file__).parent.rglob("*") if file.suffix in (".py", ".so"))
 
 
 @contextlib.contextmanager
@@ -63,16 +65,30 @@ def configured(
         dataset=dataset.name,
         images=len(dataset.items),
         data=hashlib.sha256(contents.encode()).hexdigest(),
-        models={model: digest(folder_of(model)) for model in models},
+        models={model: digest(folder_of(model)) for model in dict.fromkeys(models)},
         conditions=found,
         methods=identities,
         versions={package: version(package) for package in PACKAGES},
         code=digest(*CODE),
+        device=device(),
+        cpu_target=os.environ.get("VQFAST_CPU_TARGET"),
         **values,
     )
     whole = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
-    names_of = dict(models=tuple(models), conditions=tuple(found), methods=tuple(identities))
+    names_of = dict(models=tuple(configuration["models"]), conditions=tuple(found), methods=tuple(identities))
     return units.Plan(dataset, **names_of, **values, digest=whole), configuration
+
+
+def device() -> str:
+    """What the models run on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else surroundings(0)["machine"].rpartition(", ")[0]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def run(plan: units.Plan, records: Records, ray_address: str | None, workers: int) -> None:
@@ -121,11 +137,13 @@ def main(
         run(plan, records, ray, workers)
         with refused():
             summary = paradox_report.summarise(records.rows(), configuration)
-    about = surroundings(seed)
-    report = dict(configuration=configuration, images=len(drawn.items), date=about["date"], machine=about["machine"])
-    report |= summary
-    (out / "summary.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    (out / "report.html").write_text(paradox_report.page(report))
+        about = surroundings(seed)
+        report = dict(
+            configuration=configuration, images=len(drawn.items), date=about["date"], machine=about["machine"]
+        )
+        report |= summary
+        write_whole(out / "summary.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+        write_whole(out / "report.html", paradox_report.page(report))
     print(out / "report.html")
 
 

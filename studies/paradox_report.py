@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate, cycle, product
 from typing import Any
 
 import matplotlib
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from studies.figures import INK, RIGHT, STYLE, WRONG, rendered, spaced
-from studies.metrics import accuracy, bd_metric, calibration_error, gaps, paired_test
+from studies.metrics import accuracy, bd_metric, calibration_error, gaps, paired_test, right_per_image
 from studies.units import CODEC, Row
 
 SIGNIFICANT = 0.05
@@ -30,9 +30,9 @@ CURVES = ("#8c8880", "#7fb0d8", "#1d4e80", "#e0a93f", "#1d6b45", "#8a5a9e", "#b3
 class Cell:
     """All answers of a model, condition, severity and method, or of several conditions."""
 
-    right: np.ndarray  # [N, answers], bool; N images, or N questions where images have different numbers of them
-    confidence: np.ndarray  # as right; NaN where the model's was not finite
-    images: int
+    right: np.ndarray  # [answers], bool
+    confidence: np.ndarray  # [answers]; NaN where the model's was not finite
+    image: np.ndarray  # [answers], its name
     bits_per_pixel: float | None
     seconds: float  # per question
 
@@ -57,48 +57,63 @@ def collected(rows: Iterable[Row]) -> tuple[dict[Key, Cell], dict[str, str]]:
 
 
 def _cell(rows: list[Row]) -> Cell:
-    images = [image for row in rows for image in row["image"]]
-    counts = set(np.unique(images, return_counts=True)[1].tolist())
-    shape = (-1, counts.pop() if len(counts) == 1 else 1)
-    columns = {name: np.array([x for row in rows for x in row[name]]) for name in ("right", "confidence")}
+    columns = {name: np.array([x for row in rows for x in row[name]]) for name in ("right", "confidence", "image")}
     bits = None
     if rows[0]["bits_per_pixel"] is not None:
         bits = float(np.average([row["bits_per_pixel"] for row in rows], weights=[row["pixels"] for row in rows]))
     return Cell(
-        columns["right"].reshape(shape),
-        columns["confidence"].astype(float).reshape(shape),
-        len(set(images)),
+        columns["right"],
+        columns["confidence"].astype(float),
+        columns["image"],
         bits,
-        sum(row["seconds"] for row in rows) / len(images),
+        sum(row["seconds"] for row in rows) / len(columns["right"]),
     )
 
 
 def pooled(cells: Sequence[Cell]) -> Cell:
     """The same images in several conditions."""
     return Cell(
-        np.concatenate([cell.right for cell in cells], 1),
-        np.concatenate([cell.confidence for cell in cells], 1),
-        cells[0].images,
+        *(np.concatenate([getattr(cell, name) for cell in cells]) for name in ("right", "confidence", "image")),
         None,
         float(np.mean([cell.seconds for cell in cells])),
     )
 
 
 def difference(cell: Cell, reference: Cell) -> dict[str, float]:
-    """Accuracy gained over the reference, its 95 % interval (Student's t over images) and paired p-value."""
-    each = cell.right.mean(1) - reference.right.mean(1)
-    low = high = float(each.mean())
-    if np.ptp(each) > 0:
-        low, high = map(float, stats.ttest_1samp(each, 0).confidence_interval())
-    return dict(lift=float(each.mean()), lift_low=low, lift_high=high, p=paired_test(cell.right, reference.right))
+    """Accuracy gained over the reference, its 95 % interval and paired p-value.
+
+    Student's t over images; where these have different numbers of questions, of the ratio of two sums. Where every
+    image gains the same, the interval has no width: `beyond` asks for p, too.
+
+    Source: W. G. Cochran, Sampling Techniques, 3rd edition, section 2.11, ratio estimator.
+    """
+    right, sizes = right_per_image(cell.right, cell.image, "cell")
+    gain, images, answers = (
+        right - right_per_image(reference.right, cell.image, "reference")[0],
+        len(sizes),
+        sizes.sum(),
+    )
+    lift, error = gain.sum() / answers, 0.0
+    if np.ptp(gain / sizes) > 0:
+        error = (images / (images - 1) * ((gain - lift * sizes) ** 2).sum()) ** 0.5 / answers
+    reach = error * stats.t.ppf(0.975, max(images - 1, 1))
+    p = paired_test(cell.right, reference.right, cell.image)
+    return dict(lift=float(lift), lift_low=float(lift - reach), lift_high=float(lift + reach), p=p)
+
+
+def beyond(found: dict[str, float]) -> int:
+    """1 or -1 where a difference is above or below zero with its whole interval and p < 0.05, else 0."""
+    if found["p"] >= SIGNIFICANT:
+        return 0
+    return int(found["lift_low"] > 0) - int(found["lift_high"] < 0)
 
 
 def described(cell: Cell, untuned: Cell | None) -> dict[str, Any]:
     """What summary.json says of a cell."""
-    share = accuracy(cell.right)
+    share = accuracy(cell.right, cell.image)
     nothing = dict(lift=None, lift_low=None, lift_high=None, p=None)
     return dict(
-        images=cell.images,
+        images=len(set(cell.image)),
         questions=cell.right.size,
         accuracy=share.mean,
         low=share.low,
@@ -141,6 +156,9 @@ def summarise(rows: Iterable[Row], configuration: dict[str, Any]) -> dict[str, A
             )
             row = described(own, None if method == "untuned" else untuned)
             together.append(dict(model=model, condition=label, severity=None, method=method) | row)
+    if configuration["answer_tokens"] > 1:  # the confidence is the first token's, not the answer's
+        for row in (*single, *together):
+            row["calibration_error"] = None
     report = dict(rows=single, pooled=together, undecodable=undecodable)
     report |= dict(rates=_rates(single, models, methods), gaps=_gaps(single))
     return report
@@ -161,9 +179,9 @@ def _rates(rows: list[dict[str, Any]], models: list[str], methods: list[str]) ->
 
 
 def curve(rows: list[dict[str, Any]], model: str, codec: str, method: str) -> tuple[list[float], list[float]]:
-    """Bits per pixel and accuracies of a codec's levels; of levels that came to the same file, one."""
+    """Bits per pixel, rising, and accuracies of a codec's levels; of levels that came to the same file, one."""
     wanted = [row for row in rows if (row["model"], row["condition"], row["method"]) == (model, codec, method)]
-    points = {row["bits_per_pixel"]: row["accuracy"] for row in wanted}
+    points = dict(sorted((row["bits_per_pixel"], row["accuracy"]) for row in wanted))
     return list(points), list(points.values())
 
 
@@ -187,8 +205,8 @@ def page(report: dict[str, Any]) -> str:
             for model in models
             if any(row["model"] == model and row["over_clean"] for row in rows)
         }
-    better = [row for row in rows if row["over_clean"] and row["over_clean"]["lift_low"] > 0]
-    worse = [row for row in rows if row["method"].startswith("restore") and row["lift_high"] < 0]
+    better = [row for row in rows if row["over_clean"] and beyond(row["over_clean"]) > 0]
+    worse = [row for row in rows if row["method"].startswith("restore") and beyond(row) < 0]
     table = {(row["model"], row["condition"], row["method"]): row for row in report["pooled"]}
     lists = dict(
         models=models,
@@ -220,19 +238,18 @@ def _paradox(report: dict[str, Any], model: str) -> str:
     figure = Figure(figsize=(10.5, 1.4 + 0.3 * sum(heights.values())), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
     for name, y in places.items():
-        own = [row for row in shown if row["condition"] == name][:: -1 if name.startswith(CODEC) else 1]
-        for i, row in enumerate(own):
+        own = shaded([row for row in shown if row["condition"] == name])
+        for i, (row, shade) in enumerate(own):
             gain = row["over_clean"]
             middle, low, high = (100 * gain[key] for key in ("lift", "lift_low", "lift_high"))
-            beats = gain["lift_low"] > 0
-            colour = RIGHT if beats else SHADES[round((len(SHADES) - 1) * i / max(len(own) - 1, 1))]
+            beats = beyond(gain) > 0
+            colour = RIGHT if beats else shade
             place = y + 0.6 * heights[name] * ((i + 0.5) / len(own) - 0.5)
             left.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color=colour, elinewidth=1.2)
             left.plot(middle, place, "D" if beats else "o", color=colour, markersize=7 if beats else 4)
         for row in report["pooled"]:
             if (row["model"], row["condition"]) == (model, name) and row["method"].startswith("restore"):
-                harms, helps = row["lift_high"] < 0, row["lift_low"] > 0
-                colour = WRONG if harms else RIGHT if helps else SHADES[0]
+                colour = {-1: WRONG, 0: SHADES[0], 1: RIGHT}[beyond(row)]
                 right.plot(100 * row["lift"], y, "o", color=colour, markersize=5, alpha=0.8)
     left.set_yticks(list(places.values()), [label(name) for name in places])
     left.invert_yaxis()
@@ -243,6 +260,16 @@ def _paradox(report: dict[str, Any], model: str) -> str:
         ax.grid(axis="y", color="#eeebe5")
         ax.set_axisbelow(True)
     return _svg(figure)
+
+
+def shaded(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """A condition's rows from mild to strong, with their shades: of codecs by place, of degradations by severity."""
+    codec = rows[0]["condition"].startswith(CODEC)
+    ordered = sorted(rows, key=lambda row: row["severity"], reverse=codec)
+    places = [round((len(SHADES) - 1) * i / max(len(rows) - 1, 1)) for i in range(len(rows))]
+    if not codec:
+        places = [int(row["severity"]) - 1 for row in ordered]
+    return [(row, SHADES[place]) for row, place in zip(ordered, places, strict=True)]
 
 
 def _rate_curves(report: dict[str, Any], model: str) -> str:
@@ -257,9 +284,9 @@ def _rate_curves(report: dict[str, Any], model: str) -> str:
     clean = next(row["accuracy"] for row in mine if (row["condition"], row["method"]) == ("clean", "untuned"))
     for ax, codec in zip(axes, codecs, strict=True):
         ax.axhline(100 * clean, color=INK, linewidth=0.8, linestyle=":")
-        for method, colour in zip(methods, CURVES, strict=False):
+        for method, (line, colour) in zip(methods, cycle(product(("o-", "s--", "^:"), CURVES)), strict=False):
             rates, shares = curve(mine, model, codec, method)
-            ax.plot(rates, 100 * np.array(shares), "o-", color=colour, markersize=3.5, label=method)
+            ax.plot(rates, 100 * np.array(shares), line, color=colour, markersize=3.5, label=method)
         ax.set(xscale="log", xlabel="bits per pixel", title=label(codec))
         shown = [tick for tick in RATES if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]]
         ax.set_xticks(shown, [f"{tick:g}" for tick in shown])

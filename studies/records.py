@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+START = b'{"configuration": '
+
 
 class Records:
     """A file of results, open for appending; `done` are the keys of its rows.
@@ -66,17 +68,18 @@ class Records:
         self._file.seek(0)
         whole = 0
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
+            name = "configuration" if number == 1 else "key"
             try:
-                row = json.loads(line)
-                if number == 1:
-                    _check_same(self.path, row["configuration"], configuration)
-                else:
-                    self.done.add(row["key"])
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                if not line.endswith(b"\n") and (number > 1 or START.startswith(line[: len(START)])):
+                    break
+                found = json.loads(line)[name]
+                if number > 1:
+                    self.done.add(found)
+            except (KeyError, TypeError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
                 what = "the configuration" if number == 1 else "a row"
                 raise ValueError(f"{self.path}, line {number} is not {what} of a study; move the file away") from error
+            if number == 1:
+                _check_same(self.path, found, configuration)
             whole += len(line)
         self._file.truncate(whole)
         if not whole:

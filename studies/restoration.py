@@ -6,9 +6,10 @@ a Gaussian point spread of sigma `POINT_SPREAD`, whatever the blur was.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -77,34 +78,43 @@ RESTORERS: dict[str, Callable[[Pixels], Pixels]] = {
 def restore(image: Image.Image, name: str) -> Image.Image:
     """The restored RGB image, of the same size.
 
-    name: one of `RESTORERS`, or the hook "module:function" for a restorer of your own, such as a network: a function
-    PIL image -> PIL image that is imported, from the current folder too under `python -m`.
+    name: one of `RESTORERS`, or the hook of `imported` for a restorer of your own, such as a network: a function
+    PIL image -> PIL image.
 
     Raises:
-        ValueError: unknown name, or the hook's image has another size.
-        ImportError: the hook cannot be imported.
-        TypeError: the hook is no function, or returns no PIL image.
+        ValueError: the hook's image has another size, or as `imported`.
+        ImportError, TypeError: as `imported`; TypeError also where the hook returns no PIL image.
     """
     if name in RESTORERS:
         return to_image(RESTORERS[name](to_pixels(image)))
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(
-            f"restorer must be one of {', '.join(RESTORERS)}, or module:function for one of your own, a function "
-            f"PIL image -> PIL image of the same size; got {name!r}"
-        )
-    try:
-        restorer = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"restorer {name!r} cannot be imported: {error}") from error
-    if not callable(restorer):
-        raise TypeError(f"restorer {name!r} must be a function PIL image -> PIL image; got {type(restorer).__name__}")
-    restored = restorer(image)
+    restored = imported(name)(image)
     if not isinstance(restored, Image.Image):
         raise TypeError(f"restorer {name!r} must return a PIL image; got {type(restored).__name__}")
     if restored.size != image.size:
         raise ValueError(f"restorer {name!r} must keep the size of the image, {image.size}; got {restored.size}")
     return restored.convert("RGB")
+
+
+def imported(name: str) -> Callable[[Image.Image], Any]:
+    """The function "module:function" or "module:object.method", from the current folder too under `python -m`.
+
+    Raises:
+        ValueError: no such form.
+        ImportError: it cannot be imported.
+        TypeError: it is no function.
+    """
+    if not all(name.partition(":")):
+        raise ValueError(
+            f"restorer must be one of {', '.join(RESTORERS)}, or module:function for one of your own, a function "
+            f"PIL image -> PIL image of the same size; got {name!r}"
+        )
+    try:
+        restorer = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ImportError(f"restorer {name!r} cannot be imported: {error}") from error
+    if not callable(restorer):
+        raise TypeError(f"restorer {name!r} must be a function PIL image -> PIL image; got {type(restorer).__name__}")
+    return restorer
 
 
 def noise_level(x: Pixels) -> float:

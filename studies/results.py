@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from studies.paradox_report import beyond
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, RESULTS = DOCS / "results.md", DOCS / "results"
 PARADOX = ("rows", "pooled", "rates", "undecodable", "images", "date", "machine", "configuration")
 SHOWN = ("one_step", "search")
+DIFFERENCE = ("lift", "lift_low", "lift_high", "p")
 PUBLISHED = "Published by the paper's authors, for their models; not measured here."
 Report = dict[str, Any]
 
@@ -107,9 +110,9 @@ def degradations(report: Report, predictive: Report) -> list[str]:
         [[c.replace("_", " "), *(percent(at[c, method]["accuracy"]) for method in columns)] for c in conditions],
     )
     single = [row for row in report["rows"] if row["method"] == "untuned" and row["over_clean"]]
-    better = [row for row in single if row["over_clean"]["lift_low"] > 0]
+    better = [row for row in single if beyond(row["over_clean"]) > 0]
     restored = [row for row in report["rows"] if row["method"].startswith("restore:") and row["condition"] != "clean"]
-    worse = [row for row in restored if row["lift_high"] < 0]
+    worse = [row for row in restored if beyond(row) < 0]
     lines += [
         f"**Paradox.** Of {len(single)} degraded conditions (each at one severity or level) {len(better)} are answered "
         f"better than the clean images, beyond their 95 % interval. Restoration before the model hurts in {len(worse)} "
@@ -266,7 +269,7 @@ def quoted(summary: Report) -> Report:
     """Of a summary of the paradox study, what the page quotes."""
     kept = {name: summary[name] for name in PARADOX}
     kept["rows"] = [
-        {name: row[name] for name in ("condition", "severity", "method", "over_clean", "lift", "lift_high")}
+        {name: row[name] for name in ("condition", "severity", "method", "over_clean", *DIFFERENCE)}
         for row in summary["rows"]
         if row["method"] == "untuned" or row["method"].startswith("restore:")
     ]

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -122,6 +123,11 @@ class Degraded(NamedTuple):
     bits_per_pixel: float | None  # of a codec
 
 
+def noise_seed(seed: int, number: int) -> int:
+    """Of an image's degradation: no two seeds of a study share one."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
 class Worker:
     """Makes rows, one after the other; keeps the model and the images that it used last."""
 
@@ -173,7 +179,7 @@ class Worker:
                 continue
             if condition.name in DEGRADATIONS:
                 strength = LEVELS[self.plan.dataset.kind][condition.name][int(condition.severity) - 1]
-                image = degrade(image, condition.name, strength, 1000 * self.plan.seed + item.number)
+                image = degrade(image, condition.name, strength, noise_seed(self.plan.seed, item.number))
             elif condition.codec and self.plan.dataset.kind == "photographs":
                 image, size = compress(image, condition.name.removeprefix(CODEC), condition.severity)
                 bits += size

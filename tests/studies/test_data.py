@@ -1,6 +1,8 @@
 """Datasets: the digits, and a folder of a user's own with whatever may be wrong in it."""
 
 import json
+import os
+import signal
 
 import pytest
 from PIL import Image
@@ -60,6 +62,36 @@ def test_images_are_not_decoded_while_reading(folder):
     for item in data.read_questions(write(folder, *lines)):
         with pytest.raises(ImageError, match=item.name):
             item.image()
+
+
+def test_a_pipe_is_not_waited_for(folder):
+    os.mkfifo(folder / "pipe.png")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for the pipe"))
+    signal.alarm(5)
+    try:
+        (item,) = data.read_questions(write(folder, {**GOOD, "image": "pipe.png"}))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ImageError, match=r"pipe.png is not a regular file"):
+        item.image()
+
+
+def test_an_image_is_one_however_it_is_written(folder):
+    (folder / "link.png").symlink_to(folder / "a.png")
+    names = ("a.png", "./a.png", "x/../a.png", "link.png")
+    (item,) = data.read_questions(write(folder, *({**GOOD, "image": name} for name in names)))
+    assert (item.name, len(item.questions)) == ("a.png", 4)
+
+
+def test_an_image_that_a_codec_refuses_is_left_out(folder):
+    """As one that cannot be decoded, so that every condition has the same images."""
+    for name, width in (("wide.png", data.MAX_SIDE + 1), ("widest.png", data.MAX_SIDE)):
+        Image.new("RGB", (width, 2)).save(folder / name)
+    wide, widest = data.read_questions(write(folder, *({**GOOD, "image": f"{w}.png"} for w in ("wide", "widest"))))
+    with pytest.raises(ImageError, match=r"wide.png has 16384 x 2 pixels, at most 16,383 a side"):
+        wide.image()
+    assert widest.image().size == (data.MAX_SIDE, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Every method on the embedded model, as itself and as a folder."""
 
 import contextlib
+import json
+import shutil
 import sys
 
 import pytest
@@ -103,6 +105,40 @@ def test_a_folder_answers_as_the_embedded_model(model, samples):
         assert given(folder, method, samples) == given(model, method, samples)
 
 
+@pytest.fixture
+def edited(tmp_path):
+    """The embedded model's folder with a JSON file changed."""
+
+    def edit(file, **values):
+        shutil.copytree(zoo.FOLDER, tmp_path, dirs_exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | values))
+        return str(tmp_path)
+
+    return edit
+
+
+def test_answers_are_greedy_whatever_the_folder_asks_for(model, samples, edited):
+    asked = dict(num_beams=2, num_return_sequences=2, repetition_penalty=5.0, suppress_tokens=[5, 6, 7])
+    other = methods.load_model(edited("generation_config.json", **asked), 3)
+    plain = methods.VisionLanguageModel(model.network, model.processor, 3)
+    assert given(other, "untuned", samples) == given(plain, "untuned", samples)
+
+
+def test_an_encoder_decoder_is_refused(edited):
+    """Its answers do not start behind the prompt."""
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        methods.load_model(edited("config.json", is_encoder_decoder=True), 1)
+
+
+def test_a_filter_works_on_pixels_that_are_not_normalised(model, samples, monkeypatch):
+    tones = []
+    monkeypatch.setattr(methods, "render", lambda chosen, pixels, taps, *tone: tones.append(tone) or 1 / 0)
+    monkeypatch.setattr(model.processor.image_processor, "do_normalize", False)
+    with pytest.raises(ZeroDivisionError):
+        given(model, "filter:stretch", samples)
+    assert [value.tolist() for value in tones[0]] == [[0, 0, 0], [1, 1, 1]]
+
+
 def test_longer_answers(model, samples):
     """The tuned model writes on: the digits' answers end after one word, their first tokens are the same."""
     longer = methods.VisionLanguageModel(model.network, model.processor, 3)
@@ -126,6 +162,18 @@ def test_a_restorer_of_ones_own(model, samples, tmp_path, monkeypatch):
     with (tmp_path / "mine.py").open("a") as file:
         file.write("# changed\n")
     assert methods.identity("restore:mine:invert") != before
+
+
+def test_a_decorated_restorer_is_known_by_its_own_file(tmp_path, monkeypatch):
+    (tmp_path / "decorator.py").write_text(
+        "import functools\ndef twice(f):\n    @functools.wraps(f)\n    def g(image): return f(f(image))\n    return g\n"
+    )
+    own = tmp_path / "decorated.py"
+    own.write_text(
+        "from decorator import twice\nclass Mine:\n    @staticmethod\n    @twice\n    def same(image): return image\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert methods.identity("restore:decorated:Mine.same") == methods.digest(own)
 
 
 def test_an_adaptor_is_told_the_codec_where_it_knows_it(model, samples, tmp_path, monkeypatch):

@@ -56,6 +56,28 @@ def test_paired_test():
     assert paired_test(np.zeros(1, bool), np.ones(1, bool)) == 1  # nothing can follow from one image
 
 
+def test_images_with_different_numbers_of_questions():
+    """As the same answers in a table; then 40 images once and 20 three times: copies are no more evidence."""
+    a, b = drawn(0.6, (50, 3)), drawn(0.75, (50, 3), 1)
+    images = np.repeat(np.arange(50), 3)
+    assert accuracy(a.ravel(), images) == accuracy(a)
+    assert paired_test(a.ravel(), b.ravel(), images) == paired_test(a, b)
+    sizes = np.repeat([1, 3], [40, 20])
+    once, other = drawn(0.5, 60), drawn(0.7, 60, 1)
+    index = np.repeat(np.arange(60), sizes)
+    mean, low, high = accuracy(once[index], index)
+    assert mean == once[index].mean()
+    each = sizes * (once - mean)  # of a ratio of sums
+    width = 2 * 1.96 * (each**2).sum() ** 0.5 / sizes.sum()
+    assert high - low == pytest.approx(width, rel=0.06)
+    assert high - low > 1.2 * np.ptp(accuracy(once[index])[1:])
+    naive, p = (paired_test(once[index], other[index], images) for images in (None, index))
+    gain = sizes * (other.astype(int) - once)
+    swapped = np.random.default_rng(0).choice([-1, 1], (20000, 60)) @ gain
+    assert p == pytest.approx((abs(swapped) >= abs(gain.sum())).mean(), abs=0.02)
+    assert naive < p
+
+
 @pytest.mark.parametrize(("won", "lost"), [(6, 0), (9, 2), (30, 14)])
 def test_one_question_is_mcnemar(won, lost):
     a = answers(40 + lost, won)
@@ -76,6 +98,9 @@ def test_calibration_error():
     # of 15 bins the tenth, 0.6 to 0.6667, holds 0.61 and 0.65, so that right and wrong average out; 0.69 lies outside
     assert calibration_error([0.61, 0.65], [True, False]) == pytest.approx(0.13)
     assert calibration_error([0.61, 0.69], [True, False]) == pytest.approx((0.39 + 0.69) / 2)
+    # a confidence of 1 is in the last bin, not in one of its own
+    certain = np.repeat([0.95, 1.0], 10)
+    assert calibration_error(certain, np.arange(20) != 19) == pytest.approx(0.025, abs=1e-5)
     confidence = np.random.default_rng(0).random(20000)
     assert calibration_error(confidence, drawn(confidence, 20000, 1)) < 0.02
 
@@ -121,6 +146,8 @@ def test_errors():
         accuracy([0.5, 1.0])
     with pytest.raises(ValueError, match=r"got bool \[0\]"):
         accuracy(np.zeros(0, bool))
+    with pytest.raises(ValueError, match=r"image of every answer, \[2\]; got \[3\]"):
+        accuracy([True, False], [0, 0, 1])
     with pytest.raises(ValueError, match=r"same shape.*\(2,\) and \(3,\)"):
         paired_test([True, False], [True, False, True])
     with pytest.raises(ValueError, match=r"probability, 0 to 1; got 0\.5 to 1\.5"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from typer import BadParameter
 
 pytest.importorskip("transformers")
@@ -206,7 +207,11 @@ def test_images_are_degraded_the_same_however_many_are_drawn():
     place = next(i for i, item in enumerate(many.items) if item.name == few.items[1].name)
     assert first[1].tobytes() == second[place].tobytes()
     strength, item = LEVELS["digits"]["snow"][1], few.items[1]
-    assert first[1].tobytes() == degrade(item.image(), "snow", strength, 3000 + item.number).tobytes()
+    assert first[1].tobytes() == degrade(item.image(), "snow", strength, units.noise_seed(3, item.number)).tobytes()
+
+
+def test_no_two_seeds_share_noise():
+    assert len({units.noise_seed(seed, number) for seed in range(3) for number in range(1500)}) == 4500
 
 
 def test_a_folder_with_images_that_cannot_be_decoded(tmp_path, capsys):
@@ -231,13 +236,48 @@ def test_a_folder_with_images_that_cannot_be_decoded(tmp_path, capsys):
     bits = sum(units.compress(Image.open(tmp_path / f"{i}.png"), "webp", quality)[1] for i in range(2))
     assert rates == {bits / (2 * 64 * 64)}
     page = (tmp_path / "out" / "report.html").read_text()
+    assert "<p>2 images of" in page
     assert "1 of the images" in page
     assert "broken.png" in page
 
 
-def made(right, condition, severity, method, bits=None, confidence=0.9):
+@pytest.mark.parametrize("name", ["summary.json", "report.html"])
+def test_a_killed_run_leaves_no_half_a_report(folder, summary, monkeypatch, name):
+    """Written beside it and renamed, and only while no other run has the folder."""
+    seen = []
+
+    def replace(part, path):
+        assert Path(part).read_text().endswith("\n")
+        with pytest.raises(ValueError, match="another run writes"):
+            paradox.Records(folder / "rows.jsonl", summary["configuration"])
+        seen.append(path.name)
+
+    monkeypatch.setattr(paradox.os, "replace", replace)
+    before = (folder / name).read_bytes()
+    run(folder, **SMALL)
+    assert name in seen
+    assert (folder / name).read_bytes() == before
+
+
+def test_what_a_run_depends_on(monkeypatch):
+    """Compiled kernels and the device as well; a model that is named twice is one."""
+    assert any(file.suffix == ".so" for file in paradox.CODE)
+    drawn, values = data.load("digits", "validation", 1, 0), dict(seed=0, answer_tokens=1, threads=1)
+
+    def configured():
+        return paradox.configured(drawn, ["digits", "digits"], ["fog:1"], [1], ["untuned"], **values)
+
+    plan, before = configured()
+    assert plan.models == ("digits",)
+    monkeypatch.setenv("VQFAST_CPU_TARGET", "portable")
+    monkeypatch.setattr(paradox, "device", lambda: "another")
+    after = configured()[1]
+    assert {name for name in after if after[name] != before[name]} == {"device", "cpu_target"}
+
+
+def made(right, condition, severity, method, bits=None, confidence=0.9, names=None):
     """A row of many images with one question each."""
-    names = [f"i{i}" for i in range(len(right))]
+    names = names or [f"i{i}" for i in range(len(right))]
     return dict(
         model="digits", condition=condition, severity=severity, method=method, start=0, image=names, right=right,
         confidence=[confidence] * len(right), bits_per_pixel=bits, pixels=1, undecodable={}, seconds=1.0,
@@ -248,10 +288,11 @@ def share(count):
     return [i < count for i in range(40)]
 
 
-def report_of(rows):
+def report_of(rows, tokens=1):
     order = {(row["condition"], row["severity"]): None for row in rows}
     methods = {row["method"]: "" for row in rows}
     about = dict(models={"digits": ""}, conditions=list(order), methods=methods, dataset="made", seed=0, versions={})
+    about["answer_tokens"] = tokens
     report = paradox_report.summarise(reversed(rows), about)
     return report | dict(configuration=about, images=40, date="today", machine="none")
 
@@ -272,10 +313,81 @@ def test_degraded_that_beats_clean_stands_out():
     assert "answers 1 of the degraded sets better" in page
 
 
+def test_one_image_is_no_evidence():
+    """Its interval has no width."""
+    rows = [made([False], "clean", 0, UNTUNED), made([True], "fog", 1, UNTUNED)]
+    rows += [made([True], "clean", 0, "restore:median"), made([False], "fog", 1, "restore:median")]
+    report = report_of(rows)
+    gain = report["rows"][2]["over_clean"]
+    assert (gain["lift"], gain["lift_low"], gain["p"]) == (1, 1, 1)
+    page = " ".join(paradox_report.page(report).split())
+    assert "No: of no degradation" in page
+    assert "in 0 of its cases" in page
+
+
+def test_images_stay_whole_where_they_have_different_numbers_of_questions():
+    """Against tables: images with as many questions each give what scipy gives; copies of an answer add nothing."""
+    rng = np.random.default_rng(0)
+    once, other = rng.random(40) < 0.5, rng.random(40) < 0.8
+
+    def gain(sizes):
+        index = np.repeat(np.arange(40), sizes)
+        names = [f"i{i}" for i in index]
+        rows = [
+            made(right[index].tolist(), name, severity, UNTUNED, names=names)
+            for right, name, severity in ((once, "clean", 0), (other, "fog", 1))
+        ]
+        row = report_of(rows)["rows"][1]
+        assert (row["images"], row["questions"]) == (40, len(index))
+        return row["over_clean"]
+
+    each = other.astype(int) - once
+    low, high = stats.ttest_1samp(each, 0).confidence_interval()
+    for sizes in (1, 3):
+        found = gain(sizes)
+        assert (found["lift"], found["lift_low"], found["lift_high"]) == pytest.approx((each.mean(), low, high))
+        assert found["p"] == paired_test(once, other)
+    sizes = np.repeat([1, 5], 20)
+    found, lift = gain(sizes), (sizes * each).sum() / sizes.sum()
+    error = (40 / 39 * ((sizes * (each - lift)) ** 2).sum()) ** 0.5 / sizes.sum()
+    assert found["lift"] == pytest.approx(lift)
+    assert found["lift_high"] - lift == pytest.approx(stats.t.ppf(0.975, 39) * error)
+    assert found["p"] > gain(5)["p"]
+
+
+def test_shades_follow_the_severity():
+    def rows(condition, *severities):
+        return [dict(condition=condition, severity=severity) for severity in severities]
+
+    shades = paradox_report.SHADES
+    found = [(row["severity"], shade) for row, shade in paradox_report.shaded(rows("fog", 5, 2))]
+    assert found == [(2, shades[1]), (5, shades[4])]
+    found = [(row["severity"], shade) for row, shade in paradox_report.shaded(rows("codec:jpeg", 5, 30))]
+    assert found == [(30, shades[0]), (5, shades[4])]
+
+
+def test_every_method_has_a_curve_of_its_own():
+    kinds = [UNTUNED, *(f"codec_adaptor:{i}" for i in range(9))]
+    rows = [made(share(40), "clean", 0, kind) for kind in kinds]
+    rows += [made(share(20), "codec:webp", level, kind, bits) for kind in kinds for level, bits in ((5, 1.0), (9, 0.5))]
+    report = report_of(rows)
+    assert paradox_report.curve(report["rows"], "digits", "codec:webp", UNTUNED)[0] == [0.5, 1.0]
+    picture = paradox_report.page(report).split("<svg")[2].partition("</svg>")[0]
+    assert all(f">{kind}<" in picture for kind in kinds)
+
+
+def test_longer_answers_have_no_calibration_error():
+    """The confidence is that of their first token."""
+    rows = [made(share(30), "clean", 0, UNTUNED), made(share(20), "fog", 1, UNTUNED)]
+    report = report_of(rows, tokens=2)
+    assert {row["calibration_error"] for row in (*report["rows"], *report["pooled"])} == {None}
+    assert "expected calibration error" in paradox_report.page(report)
+
+
 def test_restoration_that_hurts_is_counted():
     rows = [made(share(30), "clean", 0, UNTUNED), made(share(10), "clean", 0, "restore:median")]
     page = paradox_report.page(report_of(rows))
-    assert "below zero, in 1 of its cases" in " ".join(page.split())
+    assert "below zero and p &lt; 0.05, in 1 of its cases" in " ".join(page.split())
 
 
 def test_codecs_have_curves_and_gaps():

@@ -43,9 +43,10 @@ def test_half_a_last_line_is_dropped(path, cut):
         assert [row["key"] for row in records.rows()] == ["a", "b"]
 
 
-def test_half_a_configuration_is_dropped(path):
+@pytest.mark.parametrize("left", [5, 30])
+def test_half_a_configuration_is_dropped(path, left):
     written(path)
-    path.write_bytes(path.read_bytes()[:-5])
+    path.write_bytes(path.read_bytes()[:left])
     assert written(path, "a") == [None, "a"]
 
 
@@ -65,6 +66,15 @@ def test_a_file_of_something_else_is_refused(path, line, where):
     path.write_bytes(line or path.read_bytes() + b'{"no": "key"}\n')
     with pytest.raises(ValueError, match=where):
         Records(path, CONFIGURATION)
+
+
+@pytest.mark.parametrize("content", [b"my notes", b'{"rows": 3', b"\xff\xfe\n", b"\xff\xfe"])
+def test_a_foreign_file_is_refused_and_stays(path, content):
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}, line 1 is not the configuration"):
+        Records(path, CONFIGURATION)
+    assert path.read_bytes() == content
 
 
 def test_two_runs_do_not_write_into_one_file(path):

@@ -91,12 +91,14 @@ def test_hook(tmp_path, monkeypatch):
         "def half(image): return image.resize((3, 4))\n"
         "def pixels(image): return [1, 2]\n"
         "number = 3\n"
+        "class Mine:\n    invert = staticmethod(invert)\n"
     )
     (tmp_path / "broken_restorer.py").write_text("import no_such_package_here\n")
     monkeypatch.syspath_prepend(tmp_path)
     image = Image.new("RGB", (6, 8), (10, 10, 10))
     restored = restore(image, "my_restorer:invert")
     assert (restored.mode, restored.getpixel((0, 0))) == ("RGB", (245, 245, 245))
+    assert restore(image, "my_restorer:Mine.invert") == restored
     for name, kind, message in (
         ("my_restorer:half", ValueError, r"keep the size of the image, \(6, 8\); got \(3, 4\)"),
         ("my_restorer:pixels", TypeError, "must return a PIL image; got list"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqfast.ops._triton import dot, multiprocessors
 from vqfast.ops.film_adapter.contract import ACTIVATIONS
 
-OUTER_ROWS = 32  # of a step of the sums over rows
+OUTER_ROWS = 64  # of a step of the sums over rows
 SUM_TILE = 4096  # partial sums that a program holds at once
 SILU, RELU = tl.constexpr(ACTIVATIONS.index("silu")), tl.constexpr(ACTIVATIONS.index("relu"))
 COUNTS = ("M", "blocks", "chunks", "steps")  # no kernel of its own for their 1
@@ -222,7 +222,7 @@ def film_adapter_bwd(
 
 def _outer(call: _Call, grad: Tensor, x: Tensor, active: Tensor, dh: Tensor) -> Tensor:
     """Sums over rows, [splits, 2, r, K]: as many splits as fill the chip."""
-    rows, width, tiles = x.shape[:-1].numel(), x.shape[-1], call.tiles | dict(BM=OUTER_ROWS)
+    rows, width, tiles = x.shape[:-1].numel(), x.shape[-1], call.tiles | dict(BM=OUTER_ROWS, num_stages=2)
     del tiles["KIND"]
     columns, blocks = triton.cdiv(width, tiles["BK"]), triton.cdiv(rows, OUTER_ROWS)
     steps = triton.cdiv(blocks, max(1, 2 * multiprocessors(x) // columns))
