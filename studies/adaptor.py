@@ -42,6 +42,9 @@ STEPS, RATE = 1000, 1e-2
 FINE_TUNING_STEPS, FINE_TUNING_RATE = 400, 1e-3  # of each ceiling
 BOTTLENECK = 32
 UNTOLD = 0.5  # share of labels that are dropped
+# Pixels per side at which an epoch's images are compressed while the adapters learn: artefacts of several scales help
+# with the unseen codec (BD-accuracy on the validation split +0.9 points, with 8 alone +0.1).
+SIZES = (6, 8, 8, 10)
 CLEAN = 0.15  # share of images that are not compressed
 SIGNIFICANT = 0.05
 
@@ -69,10 +72,10 @@ def wrong(label: str) -> str:
     return LABELS[(LABELS.index(label) + len(LABELS) // 2) % len(LABELS)]
 
 
-def compress(images: Tensor, codec: str, level: float) -> tuple[Tensor, float]:
+def compress(images: Tensor, codec: str, level: float, size: int | None = None) -> tuple[Tensor, float]:
     """`compress_digits` of images [n, 3, 32, 32] in [-1, 1]."""
     tones = images.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    decoded, bpp = compress_digits([Image.fromarray(x) for x in tones], codec, level)
+    decoded, bpp = compress_digits([Image.fromarray(x) for x in tones], codec, level, size)
     return torch.from_numpy(np.stack([np.asarray(x) for x in decoded])).permute(0, 3, 1, 2) / 127.5 - 1, bpp
 
 
@@ -87,23 +90,24 @@ def conditions(images: Tensor, codec: str) -> Iterator[Condition]:
 
 
 def training_batches(
-    count: int, images: Tensor, labels: Sequence[str], clean: float
+    count: int, images: Tensor, labels: Sequence[str], clean: float = 0.0, sizes: Sequence[int | None] = (None,)
 ) -> Iterator[tuple[Tensor, Tensor, list[str | None], Tensor]]:
     """Batches of (originals, compressed, labels, rows of `images`), epoch after epoch: `count` in all.
 
     Every epoch draws each image's label anew, or, for a share of `clean`, leaves the image as it is and without a label
-    (None), and augments every second image.
+    (None), and augments every second image. `sizes`: drawn from for every epoch, for `compress_digits`.
     """
     while count > 0:
         rows = torch.randperm(len(images))
         originals = images[rows]
         originals[::2] = augment(originals[::2])
+        size = sizes[int(torch.randint(len(sizes), ()))]
         drawn = torch.randint(len(labels), rows.shape).where(torch.rand(rows.shape) >= clean, -1)
         compressed = originals.clone()
         for i in drawn.unique().tolist():
             if i >= 0:
                 codec, level = labels[i].split(":")
-                compressed[drawn == i] = compress(originals[drawn == i], codec, float(level))[0]
+                compressed[drawn == i] = compress(originals[drawn == i], codec, float(level), size)[0]
         told = [None if i < 0 else labels[i] for i in drawn.tolist()]
         for batch in torch.arange(len(rows)).split(BATCH)[:count]:
             part = batch.tolist()
@@ -125,7 +129,7 @@ def distil(images: Tensor, steps: int, seed: int) -> tuple[Any, CodecAdapters, l
     adapters = vqfast.insert_codec_adapters(model, LABELS, BOTTLENECK)
 
     def losses() -> Iterator[Tensor]:
-        for originals, compressed, names, _ in training_batches(steps, images, LABELS, CLEAN):
+        for originals, compressed, names, _ in training_batches(steps, images, LABELS, CLEAN, SIZES):
             with torch.no_grad():
                 target = features(teacher, originals)
             told = [
@@ -147,7 +151,7 @@ def fine_tune(images: Tensor, answers: Tensor, codec: str, steps: int, seed: int
     packed, labels = pack(processor), [condition.name for condition in conditions(images, codec)]
 
     def losses() -> Iterator[Tensor]:
-        for _, compressed, _, rows in training_batches(steps, images, labels, clean=0):
+        for _, compressed, _, rows in training_batches(steps, images, labels):
             yield language_loss(ask(model, packed, compressed, answers[rows]).logits, answers[rows])
 
     fit(model.requires_grad_(True).parameters(), losses(), steps, FINE_TUNING_RATE, warm_up=20, label=f"theta* {codec}")
@@ -198,13 +202,14 @@ class Bench:
 
 
 def real_levels(bench: Bench) -> dict[str, list[float]]:
-    """Of each codec the levels at which the ceiling answers better than the untuned model, beyond chance."""
-    levels = {}
+    """Of each codec the levels that cost answers beyond chance, some of which the ceiling gets back."""
+    original, levels = bench.right(bench.plain, bench.images), dict[str, list[float]]()
     for codec, ceiling in bench.ceilings.items():
         levels[codec] = []
         for condition in tqdm(list(conditions(bench.images, codec)), f"levels {codec}"):
             untuned, tuned = bench.right(bench.plain, condition.images), bench.right(ceiling, condition.images)
-            if tuned.mean() > untuned.mean() and paired_test(tuned, untuned) < SIGNIFICANT:
+            costs = untuned.mean() < original.mean() and paired_test(original, untuned) < SIGNIFICANT
+            if costs and tuned.mean() > untuned.mean():
                 levels[codec].append(condition.level)
     return levels
 
@@ -368,6 +373,7 @@ def main(
         "bottleneck": BOTTLENECK,
         "labels_dropped": UNTOLD,
         "clean_share": CLEAN,
+        "sizes": SIZES,
         "batch": BATCH,
         "fine_tuning_steps": fine_tuning_steps,
         "fine_tuning_rate": FINE_TUNING_RATE,

@@ -82,13 +82,16 @@ def compress_sheet(images: Sequence[Image.Image], codec: str, level: float) -> t
     return decoded, bits / (len(images) * width * height)
 
 
-def compress_digits(images: Sequence[Image.Image], codec: str, level: float) -> tuple[list[Image.Image], float]:
+def compress_digits(
+    images: Sequence[Image.Image], codec: str, level: float, size: int | None = None
+) -> tuple[list[Image.Image], float]:
     """Compress the digits as they were scanned, 8x8: enlarged to 32x32, even JPEG's quality 1 costs few answers.
 
-    Every image is reduced by averaging, goes through `compress_sheet` and is enlarged to its size as
-    `vqfast.zoo.questions` does. Returns the images and bits per pixel of 8x8.
+    Every image is reduced by averaging, to `size` pixels per side (None: 8), goes through `compress_sheet` and is
+    enlarged to its size as `vqfast.zoo.questions` does. Returns the images and bits per pixel of the reduced ones.
     """
-    scanned = [image.resize((SCANNED, SCANNED), Image.Resampling.BOX) for image in images]
+    side = SCANNED if size is None else size
+    scanned = [image.resize((side, side), Image.Resampling.BOX) for image in images]
     decoded, rate = compress_sheet(scanned, codec, level)
     enlarged = [new.resize(image.size, Image.Resampling.BICUBIC) for new, image in zip(decoded, images, strict=True)]
     return enlarged, rate

@@ -204,6 +204,7 @@ def diagnose(arms: Arms, name: str) -> dict[str, Any]:
         found["degradation_by_seed"][arm] = [model.degradation(name, images) for model in models]
     without, with_ = arms["without"], arms["with"]
     found["reduction"] = over_seeds(lambda i, x: without[i].degradation(name, x) - with_[i].degradation(name, x), arms)
+    found["middle"] = over_seeds(lambda i, x: with_[i].value(name, LAYER, x) - without[i].value(name, LAYER, x), arms)
     return found
 
 

@@ -1,7 +1,7 @@
 """Takes the studies' results into the documentation: python -m studies.results [out/studies]
 
-Copies what is quoted of the reports of adaptor, predictive, paradox and paradox-predictive to docs/results/ and writes
-docs/results.md from it.
+Copies what is quoted of the reports of adaptor, predictive, paradox, paradox-codecs and paradox-predictive to
+docs/results/ and writes docs/results.md from it.
 """
 
 from __future__ import annotations
@@ -57,44 +57,30 @@ def targets(report: Report) -> list[str]:
     return table(["target", "measured [95 %]", ""], rows)
 
 
+def figures(row: Report, clean: Report) -> list[str]:
+    """Cells of a method: accuracy, lift, p, calibration error, accuracy on clean images."""
+    lift = row["lift"]
+    return [
+        interval({**row, "mean": row["accuracy"]}),
+        "" if lift is None else f"{points(lift)} [{points(row['lift_low'])}, {points(row['lift_high'])}]",
+        "" if row["p"] is None else f"{row['p']:.4f}",
+        "" if row["calibration_error"] is None else f"{row['calibration_error']:.3f}",
+        percent(clean["accuracy"]),
+    ]
+
+
+METHOD = ["method", "accuracy [95 %]", "lift over untuned [95 %]", "p", "calibration error", "clean"]
+
+
 def degradations(report: Report, predictive: Report) -> list[str]:
     """Untuned, the best restoration and filter over all degradations, the step and the search."""
     every = [row for row in report["pooled"] if row["condition"] == "all degradations"]
     at = {(row["condition"], row["method"]): row for row in report["pooled"]}
     other = {row["condition"]: row for row in predictive["pooled"] if row["method"] == "untuned"}
     lines = ["## Degradations, styles and codecs", ""]
-    rows = []
-    for row in every:
-        lift = (
-            ""
-            if row["lift"] is None
-            else f"{points(row['lift'])} [{points(row['lift_low'])}, {points(row['lift_high'])}]"
-        )
-        clean = at["clean", row["method"]]
-        error = "" if row["calibration_error"] is None else f"{row['calibration_error']:.3f}"
-        p = "" if row["p"] is None else f"{row['p']:.4f}"
-        rows.append(
-            [
-                named(row["method"]),
-                interval({**row, "mean": row["accuracy"]}),
-                lift,
-                p,
-                error,
-                percent(clean["accuracy"]),
-            ]
-        )
-    all_other = other["all degradations"]
-    rows.append(
-        [
-            "untuned, trained with PRe (seed 0)",
-            interval({**all_other, "mean": all_other["accuracy"]}),
-            "",
-            "",
-            f"{all_other['calibration_error']:.3f}",
-            percent(other["clean"]["accuracy"]),
-        ]
-    )
-    lines += table(["method", "accuracy [95 %]", "lift over untuned [95 %]", "p", "calibration error", "clean"], rows)
+    rows = [[named(row["method"]), *figures(row, at["clean", row["method"]])] for row in every]
+    rows.append(["untuned, trained with PRe (seed 0)", *figures(other["all degradations"], other["clean"])])
+    lines += table(METHOD, rows)
     best = {
         kind: max((r for r in every if r["method"].startswith(kind)), key=lambda r: r["accuracy"])["method"]
         for kind in ("restore:", "filter:")
@@ -146,7 +132,7 @@ def hurt(worse: list[Report]) -> str:
     return f"{where} by {named(row['method'])}: {points(row['lift'])} points"
 
 
-def adaptor(report: Report) -> list[str]:
+def adaptor(report: Report, paradox: Report) -> list[str]:
     lines = ["## Universal adaptor to codecs", ""]
     lines += targets(report)
     rows = []
@@ -215,6 +201,14 @@ def adaptor(report: Report) -> list[str]:
             ],
         ],
     )
+    every = [row for row in paradox["pooled"] if row["condition"] == "all degradations"]
+    at = {row["method"]: row for row in paradox["pooled"] if row["condition"] == "clean"}
+    lines += [
+        f"The same adapters in the paradox study, label told where it is known, over all codecs and levels "
+        f"({paradox['images']} images):",
+        "",
+    ]
+    lines += table(METHOD, [[named(row["method"]), *figures(row, at[row["method"]])] for row in every])
     seed = f"{report['split'].capitalize()} split, {report['images']} images with three questions a row"
     lines += [measured_on(report, seed=f"{seed}; seed {report['seed']}"), ""]
     lines += ["arXiv 2512.20901, BD gains of their adaptor with JPEG. " + PUBLISHED, ""]
@@ -260,7 +254,7 @@ def page(reports: dict[str, Report]) -> str:
         "",
     ]
     lines += degradations(reports["paradox"], reports["paradox-predictive"])
-    lines += adaptor(reports["adaptor"])
+    lines += adaptor(reports["adaptor"], reports["paradox-codecs"])
     lines += predictive_regularisation(reports["predictive"])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -287,7 +281,7 @@ def main(folder: str = "out/studies") -> None:
     for name in ("adaptor", "predictive"):
         shutil.copy(source / name / "report.json", RESULTS / f"{name}.json")
     shutil.copy(source / "predictive" / "layers.png", RESULTS / "layers.png")
-    for name in ("paradox", "paradox-predictive"):
+    for name in ("paradox", "paradox-codecs", "paradox-predictive"):
         summary = quoted(json.loads((source / name / "summary.json").read_text()))
         (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=0) + "\n")
     PAGE.write_text(page(read(RESULTS)))

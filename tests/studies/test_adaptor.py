@@ -32,8 +32,9 @@ def few():
         names = tuple(f"{codec}:{level:g}" for codec in adaptor.SEEN for level in levels[codec])
         patch.setattr(adaptor, "LABELS", names)
         patch.setattr("studies.codecs.SCANNED", 32)  # sheets of a few 8x8 are JPEG 2000's smallest file at any level
+        patch.setattr(adaptor, "SIZES", (16, 32))
         patch.setattr(bootstrap, "RESAMPLES", 20)
-        patch.setattr(adaptor, "SIGNIFICANT", 1.1)  # every level counts as real where the ceiling is better at all
+        patch.setattr(adaptor, "SIGNIFICANT", 1.1)  # every level that costs an answer counts
         yield
 
 
@@ -90,6 +91,16 @@ def test_training_batches(images):
         assert not (originals == images[rows]).all()
 
 
+def test_training_batches_of_another_size(images):
+    """Reduced to a quarter of the pixels per side, less of the originals is left."""
+    errors = []
+    for size in (8, 32):
+        torch.manual_seed(0)
+        originals, compressed, _, _ = next(adaptor.training_batches(1, images, ("jpeg:65",), sizes=(size,)))
+        errors.append((originals - compressed).abs().mean())
+    assert errors[0] > 2 * errors[1]
+
+
 def test_compress(images):
     mild, strong = (adaptor.compress(images, "jpeg", level) for level in (65, 1))
     assert mild[0].shape == images.shape
@@ -125,6 +136,23 @@ def test_share_of_the_gap():
     assert found["generalisation_gap_closed"]["known"]["value"] == pytest.approx(0.5)
     assert found["bd_accuracy"]["known"]["value"] == pytest.approx(0.25)
     assert "gaps" not in adaptor.summarise("jpeg", rows, [], clean=1.0)
+
+
+def test_real_levels(monkeypatch):
+    """Of levels that cost 10 of 12 answers, 10 without a ceiling that is better, and 1: the first."""
+    counts = {("plain", 0): 12, ("plain", 1): 2, ("plain", 2): 2, ("plain", 3): 11}
+    counts |= {("top", 1): 8, ("top", 2): 2, ("top", 3): 12}
+
+    class Bench:
+        plain, ceilings, images = "plain", {"jpeg": "top"}, 0
+
+        def right(self, model, images):
+            return (np.arange(12) < counts[model, images])[:, None]
+
+    found = [adaptor.Condition("jpeg", level, 1.0, level) for level in (1, 2, 3)]
+    monkeypatch.setattr(adaptor, "conditions", lambda images, codec: iter(found))
+    monkeypatch.setattr(adaptor, "SIGNIFICANT", 0.05)
+    assert adaptor.real_levels(Bench()) == {"jpeg": [1]}
 
 
 def test_bootstrap(monkeypatch):

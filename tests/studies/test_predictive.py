@@ -79,6 +79,7 @@ def test_reduction_by_hand():
     assert found["degradation"]["without"]["value"] == 3
     assert found["degradation_by_seed"] == {"without": [2, 4], "with": [1, 2]}
     assert found["reduction"]["value"] == 1.5
+    assert found["middle"]["value"] == 1.5
     assert (found["reduction"]["low"], found["reduction"]["high"]) == (1, 2)
     assert predictive.diagnose(arms, "contrast")["reduction"]["value"] == 0
 
