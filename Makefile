@@ -16,11 +16,11 @@ demo: .venv/installed
 study: .venv/installed
 	$(BIN)/python -m studies.adaptor
 	$(BIN)/python -m studies.predictive
-	$(BIN)/python -m studies.paradox
-	$(BIN)/python -m studies.paradox --out out/studies/paradox-codecs --images 100 --degradations 'codec:*' \
+	$(BIN)/python -m studies.paradox --images 24
+	$(BIN)/python -m studies.paradox --out out/studies/paradox-codecs --images 60 --degradations 'codec:*' \
 		--methods codec_adaptor:out/studies/adaptor/adapters.safetensors
 	$(BIN)/python -m studies.paradox --out out/studies/paradox-predictive --models out/studies/predictive/with-0 \
-		--methods untuned
+		--images 24 --methods untuned
 	$(BIN)/python -m studies.results
 
 test: .venv/installed .venv/quantisation
