@@ -46,16 +46,19 @@ def table(runs: list[dict[str, Any]]) -> str:
     for method in METHODS:
         each = [1000 * row["seconds"] / len(row["right"]) for row in rows if row["method"] == method]
         lines.append(f"| {method} | {statistics.median(each):.1f} |")
-    lines += ["", "| workers | answers per second | a million images, days |", "|---|---|---|"]
+    lines += ["", "| workers | answers per second | a million images, days | core hours |", "|---|---|---|---|"]
     for run in runs:
-        lines.append(f"| {run['workers']} | {run['per_second']:.0f} | {ANSWERS / run['per_second'] / 86400:.1f} |")
+        hours = ANSWERS / run["per_second"] / 3600
+        figures = f"{run['per_second']:.0f} | {hours / 24:.1f} | {hours * run['workers']:.0f}"
+        lines.append(f"| {run['workers']} | {figures} |")
     about = surroundings(seed=0)
+    machine = about["machine"].rpartition(",")[0]  # its threads are the driver's
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += [
         "",
         f"A row holds {answers / len(rows):.0f} answers in {size / len(rows):,.0f} bytes, {size / answers:.0f} per "
-        f"answer: {ANSWERS * size / answers / 1e9:.1f} GB for the plan. {os.cpu_count()} cores, {about['machine']} per "
-        f"worker; {versions}; {about['date']}.",
+        f"answer: {ANSWERS * size / answers / 1e9:.1f} GB for the plan. {os.cpu_count()} cores, {machine}; "
+        f"{versions}; {about['date']}.",
         "",
     ]
     return "\n".join(lines)
