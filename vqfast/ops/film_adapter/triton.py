@@ -34,6 +34,17 @@ def _activate(z, KIND: tl.constexpr):
 
 
 @triton.jit
+def _rows(scale, shift, M, blocks, r: tl.constexpr, BM: tl.constexpr, R: tl.constexpr):
+    """This program's rows, which of them are there, and 1 + scale and shift of their sample."""
+    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    m = sample * M + block * BM + tl.arange(0, BM)
+    rank = tl.arange(0, R)
+    gain = 1 + tl.load(scale + sample * r + rank, mask=rank < r, other=0.0)
+    offset = tl.load(shift + sample * r + rank, mask=rank < r, other=0.0)
+    return m[:, None].to(tl.int64), (m < (sample + 1) * M)[:, None], gain, offset
+
+
+@triton.jit
 def _shrink(
     x, row, here, width, factor, column_stride, rank_stride, r: tl.constexpr, chunks,
     BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
@@ -56,13 +67,9 @@ def _film_adapter_fwd_kernel(
     x, down, up, scale, shift, y, h, M, blocks, K, r: tl.constexpr, chunks, steps,
     KIND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    m = sample * M + block * BM + tl.arange(0, BM)
-    row, here = m[:, None].to(tl.int64), (m < (sample + 1) * M)[:, None]
+    row, here, gain, offset = _rows(scale, shift, M, blocks, r, BM, R)
     rank = tl.arange(0, R)
     ranked = rank < r
-    gain = 1 + tl.load(scale + sample * r + rank, mask=ranked, other=0.0)
-    offset = tl.load(shift + sample * r + rank, mask=ranked, other=0.0)
     shrunk = _shrink(x, row, here, K, down, 1, K, r, chunks, BM, BK, R)
     if tl.program_id(1) == 0:
         tl.store(h + row * r + rank[None, :], shrunk, mask=here & ranked[None, :])
@@ -83,13 +90,9 @@ def _film_adapter_bwd_kernel(
     grad, h, down, up, scale, shift, dx, active, dh, modulation, M, blocks, K, r: tl.constexpr, chunks, steps,
     KIND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    m = sample * M + block * BM + tl.arange(0, BM)
-    row, here = m[:, None].to(tl.int64), (m < (sample + 1) * M)[:, None]
+    row, here, gain, offset = _rows(scale, shift, M, blocks, r, BM, R)
     rank = tl.arange(0, R)
     ranked = rank < r
-    gain = 1 + tl.load(scale + sample * r + rank, mask=ranked, other=0.0)
-    offset = tl.load(shift + sample * r + rank, mask=ranked, other=0.0)
     shrunk = tl.load(h + row * r + rank[None, :], mask=here & ranked[None, :], other=0.0)
     a, slope = _activate(gain[None, :] * shrunk + offset[None, :], KIND)
     dz = slope * _shrink(grad, row, here, K, up, r, 1, r, chunks, BM, BK, R)
