@@ -11,7 +11,7 @@ export GOMP_SPINCOUNT ?= 10000
 demo: .venv/installed
 	$(BIN)/python -m studies.demo
 
-# Half an hour: trains the adaptor and the six models of PRe, runs the paradox study, writes docs/results.md from it. A
+# Forty minutes: trains the adaptor and the six models of PRe, runs the paradox study, writes docs/results.md from it. A
 # killed paradox study goes on where it was.
 study: .venv/installed
 	$(BIN)/python -m studies.adaptor
