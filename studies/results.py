@@ -42,10 +42,10 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
 
 
-def measured_on(report: Report, *, seed: str) -> str:
+def measured_on(report: Report, sample: str) -> str:
     versions = report.get("versions") or report["configuration"]["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{seed}; {report['machine']}; {packages}; {report['date']}."
+    return f"{sample}; {report['machine']}; {packages}; {report['date']}."
 
 
 def targets(report: Report) -> list[str]:
@@ -107,8 +107,8 @@ def degradations(report: Report, predictive: Report) -> list[str]:
     ]
     questions = every[0]["questions"]
     seed = report["configuration"]["seed"]
-    seed = f"Test split, {report['images']} images with three questions, {questions:,} answers a row; seed {seed}"
-    lines += [measured_on(report, seed=seed), ""]
+    sample = f"Test split, {report['images']} images with three questions, {questions:,} answers a row; seed {seed}"
+    lines += [measured_on(report, sample), ""]
     lines += ["VQ-TTT, arXiv 2506.15645. " + PUBLISHED, ""]
     lines += table(
         ["model", "benchmark", "clean", "Gaussian noise", "noise, restored by NAFNet"],
@@ -209,8 +209,8 @@ def adaptor(report: Report, paradox: Report) -> list[str]:
         "",
     ]
     lines += table(METHOD, [[named(row["method"]), *figures(row, at[row["method"]])] for row in every])
-    seed = f"{report['split'].capitalize()} split, {report['images']} images with three questions a row"
-    lines += [measured_on(report, seed=f"{seed}; seed {report['seed']}"), ""]
+    sample = f"{report['split'].capitalize()} split, {report['images']} images with three questions a row"
+    lines += [measured_on(report, f"{sample}; seed {report['seed']}"), ""]
     lines += ["arXiv 2512.20901, BD gains of their adaptor with JPEG. " + PUBLISHED, ""]
     lines += table(
         ["model", "POPE", "SEED", "GQA", "MMBench", "OCRBench"],
@@ -234,8 +234,10 @@ def predictive_regularisation(report: Report) -> list[str]:
     }
     lines += [f"Task accuracy by seed: {accuracies['without']} without, {accuracies['with']} with.", ""]
     seeds = len(report["settings"]["seeds"])
-    seed = f"{report['split'].capitalize()} split, {report['images']} images; {seeds} seeds, 95 % over images and seeds"
-    lines += [measured_on(report, seed=seed), ""]
+    sample = (
+        f"{report['split'].capitalize()} split, {report['images']} images; {seeds} seeds, 95 % over images and seeds"
+    )
+    lines += [measured_on(report, sample), ""]
     lines += ["arXiv 2603.20808, CLIP and Vicuna-7B. " + PUBLISHED, ""]
     lines += table(
         ["", "GQA", "MMStar", "TextVQA", "MMVP"],

@@ -39,6 +39,40 @@ def dot_two_parts(a, b):
 
 
 @triton.jit
+def tile(base, row, width, column, inside):
+    return tl.load(base + row * width + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def shrink(
+    x, row, here, width, factor, column_stride, rank_stride, r: tl.constexpr, chunks,
+    BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, WAYS: tl.constexpr,
+):  # fmt: skip
+    """x factor, [BM, width] x [width, r]. WAYS > 1: of few rows, each warp sums a part, and its chain is shorter."""
+    rank = tl.arange(0, R)
+    if WAYS == 1:
+        total = tl.zeros([BM, R], tl.float32)
+        for i in range(chunks):
+            k = i * BK + tl.arange(0, BK)
+            a = tile(x, row, width, k, here & (k < width)[None, :])
+            at = factor + k[:, None] * column_stride + rank[None, :] * rank_stride
+            b = tl.load(at, mask=(k < width)[:, None] & (rank < r)[None, :], other=0.0)
+            total += dot(a, b.to(a.dtype))
+    else:
+        parts = tl.zeros([WAYS, BM, R], tl.float32)
+        part = tl.arange(0, WAYS)[:, None] * (BK // WAYS) + tl.arange(0, BK // WAYS)[None, :]
+        for i in range(chunks):
+            k = i * BK + part
+            inside = k < width
+            a = tl.load(x + row[None] * width + k[:, None, :], mask=here[None] & inside[:, None, :], other=0.0)
+            at = factor + k[:, :, None] * column_stride + rank[None, None, :] * rank_stride
+            b = tl.load(at, mask=inside[:, :, None] & (rank < r)[None, None, :], other=0.0)
+            parts += dot(a, b.to(a.dtype))
+        total = tl.sum(parts, 0)
+    return total
+
+
+@triton.jit
 def softmax_sums(z):
     """Of a tile of logits, -inf where there is none: m = max z, s = sum e^(z - m), u = sum e^(z - m) (z - m)."""
     m = tl.max(z, 0)

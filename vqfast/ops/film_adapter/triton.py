@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqfast.ops._triton import dot, multiprocessors
+from vqfast.ops._triton import dot, multiprocessors, shrink
 from vqfast.ops.film_adapter.contract import ACTIVATIONS
 
 OUTER_ROWS = 64  # of a step of the sums over rows
@@ -44,24 +44,6 @@ def _rows(scale, shift, M, blocks, r: tl.constexpr, BM: tl.constexpr, R: tl.cons
     return m[:, None].to(tl.int64), (m < (sample + 1) * M)[:, None], gain, offset
 
 
-@triton.jit
-def _shrink(
-    x, row, here, width, factor, column_stride, rank_stride, r: tl.constexpr, chunks,
-    BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """x factor, [BM, width] x [width, r]."""
-    rank = tl.arange(0, R)
-    total = tl.zeros([BM, R], tl.float32)
-    for i in range(chunks):
-        k = i * BK + tl.arange(0, BK)
-        inside = k < width
-        a = tl.load(x + row * width + k[None, :], mask=here & inside[None, :], other=0.0)
-        at = factor + k[:, None] * column_stride + rank[None, :] * rank_stride
-        b = tl.load(at, mask=inside[:, None] & (rank < r)[None, :], other=0.0)
-        total += dot(a, b.to(a.dtype))
-    return total
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _film_adapter_fwd_kernel(
     x, down, up, scale, shift, y, h, M, blocks, K, r: tl.constexpr, chunks, steps,
@@ -70,7 +52,7 @@ def _film_adapter_fwd_kernel(
     row, here, gain, offset = _rows(scale, shift, M, blocks, r, BM, R)
     rank = tl.arange(0, R)
     ranked = rank < r
-    shrunk = _shrink(x, row, here, K, down, 1, K, r, chunks, BM, BK, R)
+    shrunk = shrink(x, row, here, K, down, 1, K, r, chunks, BM, BK, R, 1)
     if tl.program_id(1) == 0:
         tl.store(h + row * r + rank[None, :], shrunk, mask=here & ranked[None, :])
     a, _ = _activate(gain[None, :] * shrunk + offset[None, :], KIND)
@@ -95,7 +77,7 @@ def _film_adapter_bwd_kernel(
     ranked = rank < r
     shrunk = tl.load(h + row * r + rank[None, :], mask=here & ranked[None, :], other=0.0)
     a, slope = _activate(gain[None, :] * shrunk + offset[None, :], KIND)
-    dz = slope * _shrink(grad, row, here, K, up, r, 1, r, chunks, BM, BK, R)
+    dz = slope * shrink(grad, row, here, K, up, r, 1, r, chunks, BM, BK, R, 1)
     d_shrunk = (gain[None, :] * dz).to(grad.dtype.element_ty)
     if (tl.program_id(1) == 0) & (modulation is not None):
         at, inside = row * r + rank[None, :], here & ranked[None, :]

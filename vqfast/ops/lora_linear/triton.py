@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqfast.ops._triton import dot, multiprocessors
+from vqfast.ops._triton import dot, multiprocessors, shrink, tile
 
 MANY_ROWS = 4096  # blocks of 64 of them fill a GPU
 SUM_TILE = 4096  # partial sums that a program holds at once
@@ -52,40 +52,6 @@ def _rows(offsets, T, samples, M, blocks, BM: tl.constexpr, SAMPLES: tl.constexp
     return sample, first, end
 
 
-@triton.jit
-def _tile(base, row, width, column, inside):
-    return tl.load(base + row * width + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _shrink(
-    x, row, here, width, factor, column_stride, rank_stride, r: tl.constexpr, chunks,
-    BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, WAYS: tl.constexpr,
-):  # fmt: skip
-    """x factor, [BM, width] x [width, r]. WAYS > 1: of few rows, each warp sums a part, and its chain is shorter."""
-    rank = tl.arange(0, R)
-    if WAYS == 1:
-        total = tl.zeros([BM, R], tl.float32)
-        for i in range(chunks):
-            k = i * BK + tl.arange(0, BK)
-            a = _tile(x, row, width, k, here & (k < width)[None, :])
-            at = factor + k[:, None] * column_stride + rank[None, :] * rank_stride
-            b = tl.load(at, mask=(k < width)[:, None] & (rank < r)[None, :], other=0.0)
-            total += dot(a, b.to(a.dtype))
-    else:
-        parts = tl.zeros([WAYS, BM, R], tl.float32)
-        part = tl.arange(0, WAYS)[:, None] * (BK // WAYS) + tl.arange(0, BK // WAYS)[None, :]
-        for i in range(chunks):
-            k = i * BK + part
-            inside = k < width
-            a = tl.load(x + row[None] * width + k[:, None, :], mask=here[None] & inside[:, None, :], other=0.0)
-            at = factor + k[:, :, None] * column_stride + rank[None, None, :] * rank_stride
-            b = tl.load(at, mask=inside[:, :, None] & (rank < r)[None, None, :], other=0.0)
-            parts += dot(a, b.to(a.dtype))
-        total = tl.sum(parts, 0)
-    return total
-
-
 # Both kernels load their first tiles of columns before the product that all columns wait for, and the next ones ahead.
 
 
@@ -104,9 +70,9 @@ def _lora_linear_fwd_kernel(
     own_a, own_b = lora_a + sample.to(tl.int64) * r * K, lora_b + sample.to(tl.int64) * r * N
     n = tl.program_id(1) * steps * BC + tl.arange(0, BC)
     n_end = tl.minimum(N, (tl.program_id(1) + 1) * steps * BC)
-    old = _tile(y, row, N, n, here & (n < n_end)[None, :])
-    b = _tile(own_b, n[:, None], r, rank, (n < n_end)[:, None] & ranked)
-    total = _shrink(x, row, here, K, own_a, 1, K, r, chunks, BM, BK, R, WAYS)
+    old = tile(y, row, N, n, here & (n < n_end)[None, :])
+    b = tile(own_b, n[:, None], r, rank, (n < n_end)[:, None] & ranked)
+    total = shrink(x, row, here, K, own_a, 1, K, r, chunks, BM, BK, R, WAYS)
     if tl.program_id(1) == 0:
         tl.store(t + row * r + rank[None, :], total, mask=here & ranked)
     total = total.to(x.dtype.element_ty)
@@ -114,8 +80,8 @@ def _lora_linear_fwd_kernel(
         new = old.to(tl.float32) + scaling * dot(total, tl.trans(b.to(total.dtype)))
         at, inside = y + row * N + n[None, :], here & (n < n_end)[None, :]
         n += BC
-        old = _tile(y, row, N, n, here & (n < n_end)[None, :])
-        b = _tile(own_b, n[:, None], r, rank, (n < n_end)[:, None] & ranked)
+        old = tile(y, row, N, n, here & (n < n_end)[None, :])
+        b = tile(own_b, n[:, None], r, rank, (n < n_end)[:, None] & ranked)
         tl.store(at, new.to(y.dtype.element_ty), mask=inside)
 
 
@@ -138,30 +104,30 @@ def _lora_linear_bwd_kernel(
     n = tl.program_id(1) * n_steps * BC + tl.arange(0, BC)
     k_end = tl.minimum(K, (tl.program_id(1) + 1) * k_steps * BC)
     n_end = tl.minimum(N, (tl.program_id(1) + 1) * n_steps * BC)
-    own_dy = _tile(grad, row, N, n, here & (n < n_end)[None, :])
-    own_x = _tile(x, row, K, k, here & (k < k_end)[None, :])
+    own_dy = tile(grad, row, N, n, here & (n < n_end)[None, :])
+    own_x = tile(x, row, K, k, here & (k < k_end)[None, :])
     if dx is not None:
-        old = _tile(dx, row, K, k, here & (k < k_end)[None, :])
-        a = _tile(own_a, rank[:, None], K, k, ranked & (k < k_end)[None, :])
-    shrunk = tl.trans(_tile(t, row, r, rank, here & (rank < r)[None, :]).to(x.dtype.element_ty))
-    ds = scaling * _shrink(grad, row, here, N, own_b, r, 1, r, chunks, BM, BK, R, WAYS)
+        old = tile(dx, row, K, k, here & (k < k_end)[None, :])
+        a = tile(own_a, rank[:, None], K, k, ranked & (k < k_end)[None, :])
+    shrunk = tl.trans(tile(t, row, r, rank, here & (rank < r)[None, :]).to(x.dtype.element_ty))
+    ds = scaling * shrink(grad, row, here, N, own_b, r, 1, r, chunks, BM, BK, R, WAYS)
     ds = ds.to(x.dtype.element_ty)
     for _ in range(n_steps):
         db = dot(shrunk, own_dy)
         at, inside = sums + K + n[None, :], ranked & (n < n_end)[None, :]
         n += BC
-        own_dy = _tile(grad, row, N, n, here & (n < n_end)[None, :])
+        own_dy = tile(grad, row, N, n, here & (n < n_end)[None, :])
         tl.store(at, db, mask=inside)
     for _ in range(k_steps):
         da = dot(tl.trans(ds), own_x)
         now, inside = k[None, :], (k < k_end)[None, :]
         k += BC
-        own_x = _tile(x, row, K, k, here & (k < k_end)[None, :])
+        own_x = tile(x, row, K, k, here & (k < k_end)[None, :])
         tl.store(sums + now, da, mask=ranked & inside)
         if dx is not None:
             new = old.to(tl.float32) + dot(ds, a.to(ds.dtype))
-            old = _tile(dx, row, K, k, here & (k < k_end)[None, :])
-            a = _tile(own_a, rank[:, None], K, k, ranked & (k < k_end)[None, :])
+            old = tile(dx, row, K, k, here & (k < k_end)[None, :])
+            a = tile(own_a, rank[:, None], K, k, ranked & (k < k_end)[None, :])
             tl.store(dx + row * K + now, new.to(dx.dtype.element_ty), mask=here & inside)
 
 
@@ -183,7 +149,7 @@ def _lora_linear_sum_kernel(
     for i in range(chunks):
         block = i * BP + tl.arange(0, BP)
         row, here = (first + block)[:, None].to(tl.int64), (block < count)[:, None]
-        total += tl.sum(_tile(partial, row, size, e, here & (e < size)[None, :]), 0)
+        total += tl.sum(tile(partial, row, size, e, here & (e < size)[None, :]), 0)
     rank, column = e // (K + N), e % (K + N)
     to_a, to_b = (e < size) & (column < K), (e < size) & (column >= K)
     tl.store(da + (sample.to(tl.int64) * r + rank) * K + column, total, mask=to_a)
