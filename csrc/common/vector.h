@@ -138,7 +138,7 @@ VQ_INLINE void store(T* p, Pair<V> v) {
   store(p, v.low), store(p + sizeof(V) / 4, v.high);
 }
 
-// What loops use: load, store, broadcast, + - * / +=, and
+// What loops use: load, load_last, store, broadcast, + - * / +=, and
 //   maximum(a, b): b where a is NaN;   zero_where_below(v, a, bound): 0 where a < bound, else v
 //   clamp_exponent(x): x, or kExpMin where it is smaller, so that 0 exp(-inf) is no NaN
 //   exp_nonpositive(x): exp(x) for x <= 0 to about 1 ulp, 0 below kExpMin; NaN stays NaN
@@ -147,6 +147,14 @@ VQ_INLINE Vec load(const T* p) {
   Vec v;
   load_into(v, p);
   return v;
+}
+
+// The last `count` values of a row, filled up.
+template <class T>
+VQ_INLINE Vec load_last(const T* p, int64_t count, float fill) {
+  float lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? float(p[i]) : fill;
+  return load(lanes);
 }
 
 VQ_INLINE Vec broadcast(float x) {

@@ -1,13 +1,5 @@
 // Loops of cosine_alignment over one row (common/each_target.h).
 
-// The last `count` values, filled up with zeros.
-template <class T>
-VQ_INLINE Vec load_last(const T* x, int64_t count) {
-  float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? float(x[i]) : 0.f;
-  return load(lanes);
-}
-
 VQ_INLINE void add_terms(Vec p, Vec t, Vec& pp, Vec& tt, Vec& pt) { pp += p * p, tt += t * t, pt += p * t; }
 
 template <class T>
@@ -17,7 +9,8 @@ Products row_products(const T* p, const T* t, int64_t n) {
     const int64_t count = std::min(n, kBlock), whole = count / kLanes * kLanes;
     Vec pp = {}, tt = {}, pt = {};
     for (int64_t i = 0; i < whole; i += kLanes) add_terms(load(p + i), load(t + i), pp, tt, pt);
-    if (whole < count) add_terms(load_last(p + whole, count - whole), load_last(t + whole, count - whole), pp, tt, pt);
+    if (whole < count)
+      add_terms(load_last(p + whole, count - whole, 0.f), load_last(t + whole, count - whole, 0.f), pp, tt, pt);
     sums.pp += horizontal_sum(pp), sums.tt += horizontal_sum(tt), sums.pt += horizontal_sum(pt);
   }
   return sums;
@@ -36,6 +29,7 @@ void row_gradient(const T* p, const T* t, T* dp, int64_t n, Row row) {
     store(dp + i, gradient_of(load(p + i), load(t + i), slope, inverse_t, along));
   if (whole == n) return;
   T last[kLanes];
-  store(last, gradient_of(load_last(p + whole, n - whole), load_last(t + whole, n - whole), slope, inverse_t, along));
+  store(last, gradient_of(load_last(p + whole, n - whole, 0.f), load_last(t + whole, n - whole, 0.f), slope, inverse_t,
+                          along));
   std::copy_n(last, n - whole, dp + whole);
 }

@@ -1,12 +1,6 @@
 // Loops of softmax_entropy over a chunk of one row (common/each_target.h).
 
-// The last `count` classes, filled up with -inf.
-template <class T>
-VQ_INLINE Vec load_last(const T* z, int64_t count) {
-  float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? float(z[i]) : -std::numeric_limits<float>::infinity();
-  return load(lanes);
-}
+constexpr float kNoClass = -std::numeric_limits<float>::infinity();  // behind the last one
 
 VQ_INLINE void add_terms(Vec z, Vec shift, Vec& weight, Vec& moment) {
   const Vec d = z - shift, e = exp_nonpositive(d);
@@ -16,7 +10,7 @@ VQ_INLINE void add_terms(Vec z, Vec shift, Vec& weight, Vec& moment) {
 template <class T>
 SoftmaxSums chunk_sums(const T* z, int64_t n) {
   const int64_t whole = n / kLanes * kLanes;
-  const Vec last = load_last(z + whole, n - whole);
+  const Vec last = load_last(z + whole, n - whole, kNoClass);
   Vec max = last;
   for (int64_t i = 0; i < whole; i += kLanes) max = maximum(load(z + i), max);
   SoftmaxSums sums;
@@ -40,6 +34,6 @@ void chunk_gradient(const T* z, T* dz, int64_t n, Row row) {
   const int64_t whole = n / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) store(dz + i, gradient_of(load(z + i), row));
   T last[kLanes];
-  store(last, gradient_of(load_last(z + whole, n - whole), row));
+  store(last, gradient_of(load_last(z + whole, n - whole, kNoClass), row));
   std::copy_n(last, n - whole, dz + whole);
 }
